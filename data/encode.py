@@ -1,0 +1,119 @@
+"""Row -> Examples: token ids, and which of them are think and answer targets."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from data.medical import DataError, Row
+
+
+class Example(NamedTuple):
+    """One assistant turn with its history, ending in <|im_end|>.
+
+    Targets are the ids from prompt_length on: thinking up to answer_start (`<think>` through
+    `</think>`), the answer from there through `<|im_end|>`. Without thinking the two are equal.
+    """
+
+    input_ids: torch.Tensor  # (T,) int64
+    prompt_length: int
+    answer_start: int
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[dict]]:
+    """One Example for each assistant turn of each row, and the problems met on the way.
+
+    The text is the chat template's own rendering, tokenised once, without the newline that follows
+    <|im_end|>. Thinking-free turns have the template's empty block in their prompt. Raises DataError
+    where overlong is `error` and a turn has more than max_length tokens.
+    """
+    turns = [
+        (row.where, row.messages[: index + 1])
+        for row in rows
+        for index, message in enumerate(row.messages)
+        if message["role"] == "assistant"
+    ]
+    examples, problems = [], []
+    for (where, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):
+        if len(example) > max_length:
+            problem = f"has {len(example)} tokens, more than max_length {max_length}"
+            shorter = (
+                shorten_thinking(where, messages, example, tokenizer, max_length) if overlong == "truncate" else None
+            )
+            action = "thinking shortened" if shorter else "dropped"
+            problems.append({"where": where, "problem": problem, "action": action})
+            example = shorter
+        if example:
+            examples.append(example)
+    if problems and overlong == "error":
+        listed = "; ".join(f"{problem['where']} {problem['problem']}" for problem in problems[:5])
+        raise DataError(
+            f"{len(problems)} rows are too long (overlong is `error`): {listed}. "
+            "Raise --max-length or choose --overlong truncate or drop"
+        )
+    return examples, problems
+
+
+def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:
+    prompts = [render_prompt(messages, tokenizer) for _, messages in turns]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n") for _, messages in turns]
+    think_end = tokenizer.convert_tokens_to_ids("</think>")
+    examples = []
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    for (where, messages), prompt, ids in zip(
+        turns, prompt_ids, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
+    ):
+        if ids[: len(prompt)] != prompt:
+            raise DataError(f"{where}: the chat template's prompt is not the beginning of its whole dialogue")
+        has_thinking = "reasoning_content" in messages[-1]
+        answer_start = ids.index(think_end, len(prompt)) + 1 if has_thinking else len(prompt)
+        examples.append(Example(torch.tensor(ids), len(prompt), answer_start, where))
+    return examples
+
+
+def render_prompt(messages: list[dict], tokenizer) -> str:
+    """What inference sends to get the last message as its reply."""
+    return tokenizer.apply_chat_template(
+        messages[:-1],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking="reasoning_content" in messages[-1],
+    )
+
+
+def shorten_thinking(where: str, messages: list[dict], example: Example, tokenizer, max_length: int) -> Example | None:
+    """The turn with its thinking cut from the end until it fits; None where prompt and answer alone do not.
+
+    The cut text is rendered and tokenised anew, so what is trained stays what the template renders.
+    """
+    thinking = example.input_ids[example.prompt_length + 1 : example.answer_start - 1].tolist()
+    keep = len(thinking)
+    while len(example) > max_length:
+        keep -= len(example) - max_length
+        # The cut may fall inside a character, whose bytes then decode to U+FFFD.
+        text = tokenizer.decode(thinking[: max(keep, 0)]).rstrip("\ufffd").strip()
+        if not text:
+            return None
+        shorter = [*messages[:-1], {**messages[-1], "reasoning_content": text}]
+        example = encode_turns([(where, shorter)], tokenizer)[0]
+    return example
+
+
+def token_report(examples: list[Example], problems: list[dict]) -> dict:
+    """Counts and length percentiles of one side, in tokens."""
+    lengths = sorted(len(example) for example in examples)
+    actions = Counter(problem["action"] for problem in problems)
+    return {
+        "examples": len(examples),
+        "tokens": sum(lengths),
+        "think_tokens": sum(example.answer_start - example.prompt_length for example in examples),
+        "answer_tokens": sum(len(example) - example.answer_start for example in examples),
+        "median_length": lengths[len(lengths) // 2] if lengths else 0,
+        "max_length": lengths[-1] if lengths else 0,
+        "truncated": actions["thinking shortened"],
+        "dropped": actions["dropped"],
+    }

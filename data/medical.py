@@ -1,0 +1,293 @@
+"""Rows: get them, validate each one, split them, write the split files and the report."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+SAMPLE = Path(__file__).with_name("sample.jsonl")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+MAX_UNUSABLE = 0.1
+
+# Text that a chat template or a tokenizer would take for structure.
+MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
+INLINE_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+
+class DataError(Exception):
+    """The data cannot be trained on; the message says which rows, why, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One usable row: where it stands, its columns as read, and the dialogue they mean.
+
+    messages alternate user and assistant after an optional system message; an assistant message
+    has `content` and, where it thinks, `reasoning_content`, both without surrounding whitespace.
+    """
+
+    where: str
+    columns: dict
+    messages: list[dict]
+
+    @property
+    def question(self) -> str:
+        """The user's side, by which two rows count as the same question: whitespace ignored."""
+        text = "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+        return "".join(text.split())
+
+
+@dataclasses.dataclass
+class Split:
+    train: list[Row]
+    val: list[Row]
+    report: dict
+
+
+def find_source(dataset: str) -> Path:
+    """The local file of a dataset: the embedded sample, a path, or a ModelScope download."""
+    if dataset == "sample":
+        return SAMPLE
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in FILE_TYPES:
+            raise DataError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
+        return path
+    if path.suffix.lower() in FILE_TYPES or path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+        raise DataError(
+            f"there is no dataset file {dataset!r}; name a {', '.join(FILE_TYPES)} file, "
+            "a ModelScope dataset id (owner/name), or `sample`"
+        )
+    from modelscope import dataset_snapshot_download
+
+    try:
+        folder = Path(dataset_snapshot_download(dataset, allow_patterns=[f"*{suffix}" for suffix in FILE_TYPES]))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"cannot get the dataset {dataset} from ModelScope ({type(error).__name__}: {reason}). Check the name "
+            "and the network, or give a local file with --dataset; without any download: accelerate launch train.py tiny"
+        ) from error
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in FILE_TYPES and "dataset_infos" not in p.name]
+    files = sorted(files)
+    if len(files) > 1:
+        files = [path for path in files if "train" in path.name] or files
+    if len(files) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in files) or "none"
+        raise DataError(
+            f"{dataset}: one data file expected, found {names}; pass the one to use with --dataset {folder}/FILE"
+        )
+    return files[0]
+
+
+def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
+    """(place, columns) for every row of a file, or (place, reason) where there is no reading it."""
+    try:
+        if path.suffix.lower() == ".jsonl":
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path.name}:{number}", parse_json_line(line)
+        elif path.suffix.lower() == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(rows, list):
+                raise DataError(f"{path}: a .json dataset is a list of rows")
+            for number, row in enumerate(rows, start=1):
+                yield f"{path.name} row {number}", row
+        elif path.suffix.lower() == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield f"{path.name}:{reader.line_num}", {key: row[key] for key in row if key is not None}
+        else:
+            from datasets import Dataset
+
+            with tempfile.TemporaryDirectory() as cache:
+                rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+            for number, row in enumerate(rows, start=1):
+                yield f"{path.name} row {number}", row
+    except DataError:
+        raise
+    except Exception as error:  # each format's reader raises its own kinds
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def parse_json_line(line: bytes) -> dict | str:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "is not valid UTF-8"
+    except (ValueError, RecursionError):
+        return "is not valid JSON"
+
+
+def to_messages(columns: dict, system_prompt: str) -> list[dict]:
+    """The dialogue of a row. Raises ValueError with the reason where the row is unusable."""
+    if not isinstance(columns, dict):
+        raise ValueError(f"is not an object but {type(columns).__name__}" if not isinstance(columns, str) else columns)
+    if columns.get("messages") is not None:
+        given = columns["messages"]
+        if not isinstance(given, list) or not all(isinstance(message, dict) for message in given) or not given:
+            raise ValueError("`messages` is not a list of messages")
+    else:
+        for field in ("question", "think", "answer"):
+            if field not in columns:
+                raise ValueError(f"has no `{field}`")
+        given = [
+            {"role": "user", "content": columns["question"], "field": "question"},
+            # A row whose think is empty is a row without thinking: it trains the answer alone.
+            {
+                "role": "assistant",
+                "content": columns["answer"],
+                "reasoning_content": columns["think"],
+                "field": "answer",
+            },
+        ]
+    if given[0].get("role") != "system" and system_prompt:
+        given = [{"role": "system", "content": system_prompt}, *given]
+    roles = [message.get("role") for message in given]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"roles must be user, assistant in turn (after an optional system), not {roles}")
+    return [clean_message(message) for message in given]
+
+
+def clean_message(message: dict) -> dict:
+    field = message.get("field", f"{message['role']} content")
+    content, think = message.get("content"), message.get("reasoning_content")
+    if not isinstance(content, str):
+        raise ValueError(f"`{field}` is not text but {type(content).__name__}")
+    if message["role"] == "assistant" and think is None and (inline := INLINE_THINK.fullmatch(content)):
+        think, content = inline.groups()
+    think = "" if think is None else think
+    if not isinstance(think, str):
+        raise ValueError(f"the thinking is not text but {type(think).__name__}")
+    clean = {"role": message["role"], "content": content.strip()}
+    if message["role"] == "assistant" and think.strip():
+        clean["reasoning_content"] = think.strip()
+    if not clean["content"]:
+        raise ValueError(f"`{field}` is empty")
+    for text in (clean["content"], clean.get("reasoning_content", "")):
+        if marker := MARKER.search(text):
+            raise ValueError(f"has the chat marker {marker.group()} inside its text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("holds half a character (a lone surrogate)") from None
+    return clean
+
+
+def load_split(dataset: str, system_prompt: str, val_fraction: float, seed: int) -> Split:
+    """The dataset's usable rows, split as the original experiment split them, and the report.
+
+    All rows as read are shuffled by `random.seed(seed)` and cut at int(n * (1 - val_fraction)); only
+    then are rows left out, so a bad row never moves another one to the other side.
+    """
+    path = find_source(dataset)
+    read = list(read_source(path))
+    random.Random(seed).shuffle(read)
+    cut = int(len(read) * (1 - val_fraction))
+
+    problems, unusable = [], Counter()
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for index, (where, columns) in enumerate(read):
+        try:
+            messages = to_messages(columns, system_prompt)
+        except ValueError as reason:
+            problems.append({"where": where, "problem": str(reason), "action": "skipped"})
+            unusable[str(reason)] += 1
+            continue
+        parts[index >= cut].append(Row(where, columns, messages))
+
+    # The held-out side keeps a shared question: the evaluation stays what the split says it is.
+    val = without_repeats(parts[1], problems)
+    held_out = {row.question: row.where for row in val}
+    train = []
+    for row in without_repeats(parts[0], problems):
+        if row.question in held_out:
+            problem = f"its question is also a validation question ({held_out[row.question]})"
+            problems.append({"where": row.where, "problem": problem, "action": "removed from train"})
+        else:
+            train.append(row)
+
+    report = {
+        "dataset": dataset,
+        "file": path.name,
+        "rows": len(read),
+        "unusable": sum(unusable.values()),
+        "without_thinking": sum(
+            "reasoning_content" not in message
+            for row in train + val
+            for message in row.messages
+            if message["role"] == "assistant"
+        ),
+        "duplicates": sum(problem["action"] == "duplicate, removed" for problem in problems),
+        "train_val_overlap": sum(problem["action"] == "removed from train" for problem in problems),
+        "train_rows": len(train),
+        "val_rows": len(val),
+        "problems": problems,
+    }
+    if sum(unusable.values()) > MAX_UNUSABLE * len(read):
+        examples = "; ".join(f"{p['where']} {p['problem']}" for p in problems if p["action"] == "skipped")
+        raise DataError(
+            f"{path}: {sum(unusable.values())} of {len(read)} rows are unusable (at most "
+            f"{MAX_UNUSABLE:.0%} may be): {examples[:600]}"
+        )
+    for name, rows in (("train", train), ("evaluate", val)):
+        if not rows:
+            raise DataError(f"{path}: nothing left to {name} on: {len(read)} rows read, val_fraction {val_fraction}")
+    return Split(train, val, report)
+
+
+def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
+    seen: dict[str, str] = {}
+    kept = []
+    for row in rows:
+        key = json.dumps(row.messages, sort_keys=True)
+        if key in seen:
+            problem = f"is the same as {seen[key]}"
+            problems.append({"where": row.where, "problem": problem, "action": "duplicate, removed"})
+        else:
+            seen[key] = row.where
+            kept.append(row)
+    return kept
+
+
+def write_split(split: Split, folder: Path) -> None:
+    """train.jsonl, val.jsonl (columns as read), *_format.jsonl and data_report.json, always from the source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", split.train), ("val", split.val)):
+        write_jsonl(folder / f"{name}.jsonl", [row.columns for row in rows])
+        write_jsonl(folder / f"{name}_format.jsonl", [line for row in rows for line in to_format(row)])
+    replace_text(folder / "data_report.json", json.dumps(split.report, ensure_ascii=False, indent=2) + "\n")
+
+
+def to_format(row: Row) -> list[dict]:
+    """instruction / input / output for each assistant turn; earlier turns of a dialogue as `history`."""
+    system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
+    turns = row.messages[1:] if system else row.messages
+    lines, history = [], []
+    for user, reply in zip(turns[::2], turns[1::2], strict=True):
+        output = f"<think>\n{reply.get('reasoning_content', '')}\n</think>\n\n{reply['content']}"
+        line = {"instruction": system, "input": user["content"], "output": output}
+        lines.append({**line, "history": list(history)} if history else line)
+        history.append([user["content"], reply["content"]])
+    return lines
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+    os.replace(temporary, path)

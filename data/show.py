@@ -1,0 +1,44 @@
+"""What a person looks at before training: the data report as a table, one example with its targets marked."""
+
+from data.encode import Example
+
+COLORS = {"prompt": "\033[2m", "think": "\033[33m", "answer": "\033[32m"}
+
+
+def report_table(report: dict) -> str:
+    """The short form of data_report.json: counts, lengths in tokens, the first problems."""
+    lines = [
+        f"{'data':<10}{'examples':>9}{'tokens':>10}{'think':>10}{'answer':>10}{'median':>8}{'max':>7}{'truncated':>11}{'dropped':>9}"
+    ]
+    for name in ("train", "val"):
+        side = report[name]
+        counts = (side["tokens"], side["think_tokens"], side["answer_tokens"])
+        lines.append(
+            f"{name:<10}{side['examples']:>9,}{counts[0]:>10,}{counts[1]:>10,}{counts[2]:>10,}"
+            f"{side['median_length']:>8,}{side['max_length']:>7,}{side['truncated']:>11,}{side['dropped']:>9,}"
+        )
+    lines.append(
+        f"{report['rows']:,} rows read from {report['file']}: {report['unusable']:,} unusable, "
+        f"{report['duplicates']:,} duplicates, {report['train_val_overlap']:,} in both train and val, "
+        f"{report['without_thinking']:,} replies without thinking"
+    )
+    lines += [f"  {problem['where']} {problem['problem']}: {problem['action']}" for problem in report["problems"][:5]]
+    if len(report["problems"]) > 5:
+        lines.append(f"  ... and {len(report['problems']) - 5:,} more in data_report.json")
+    return "\n".join(lines)
+
+
+def show_example(example: Example, tokenizer, color: bool) -> str:
+    """The example's text, prompt, think and answer targets apart."""
+    ids = example.input_ids.tolist()
+    parts = {
+        "prompt": (ids[: example.prompt_length], "not trained"),
+        "think": (ids[example.prompt_length : example.answer_start], "target"),
+        "answer": (ids[example.answer_start :], "target"),
+    }
+    lines = [f"example {example.where}"]
+    for name, (part, note) in parts.items():
+        text = tokenizer.decode(part)
+        lines.append(f"--- {name}: {len(part)} tokens, {note}")
+        lines.append(f"{COLORS[name]}{text}\033[0m" if color else text)
+    return "\n".join(lines)

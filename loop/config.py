@@ -1,0 +1,226 @@
+"""TrainConfig: every setting of a run, its presets, and the command line made from it.
+
+Nothing heavy is imported here: the command line answers before torch is loaded.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    # --- data ---
+    # ModelScope dataset id, a local .jsonl/.json/.csv/.parquet file, or `sample` (embedded).
+    dataset: str = "krisfu/delicate_medical_r1_data"
+    # System prompt of every row that brings none; an empty string leaves it out.
+    system_prompt: str = "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"
+    # Longest row in tokens, prompt and reply together.
+    max_length: int = 2048
+    # Rows over max_length: shorten the thinking, drop the row, or stop with an error.
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    # Share of the rows held out for evaluation.
+    val_fraction: float = 0.1
+
+    # --- model ---
+    # ModelScope model id, a local Hugging Face folder, or `tiny` (embedded, random weights).
+    model: str = "Qwen/Qwen3-1.7B"
+    # Autocast over fp32 weights; `no` computes in fp32.
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+    # Recompute activations in the backward pass: less memory, about a third more compute.
+    gradient_checkpointing: bool = True
+
+    # --- optimizer step ---
+    # Rows in one micro-batch on each process.
+    per_device_train_batch_size: int = 1
+    # Micro-batches in one optimizer step on each process.
+    gradient_accumulation_steps: int = 4
+    # Peak learning rate.
+    learning_rate: float = 1e-4
+    # Shape of the decay after warmup, down to 0 at the last step (constant: no decay).
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    # Share of all steps in which the learning rate rises from 0 to its peak.
+    warmup_ratio: float = 0.0
+    # Decoupled weight decay of matrices and embeddings; norms have none.
+    weight_decay: float = 0.0
+    # Largest global gradient norm; 0 turns clipping off.
+    max_grad_norm: float = 1.0
+
+    # --- length of the run ---
+    # Passes over the training rows.
+    num_train_epochs: float = 2
+    # Optimizer steps in all; above 0 it takes the place of num_train_epochs.
+    max_steps: int = -1
+    # Seed of the split, the data order, dropout and random weights.
+    seed: int = 42
+
+    # --- evaluation ---
+    # Evaluate every so many steps (and before the first and after the last one).
+    eval_steps: int = 100
+    # Rows in one evaluation micro-batch on each process; the loss does not depend on it.
+    per_device_eval_batch_size: int = 1
+    # Stop after so many evaluations in a row without a better loss; 0 never stops early.
+    early_stopping_patience: int = 3
+    # An evaluation counts as better only by more than this.
+    early_stopping_min_delta: float = 0.0
+
+    # --- output ---
+    # Folder of the run: data/, checkpoints/, best/, metrics.jsonl, samples.jsonl.
+    output_dir: str = "outputs/qwen3-1.7b-medical"
+    # Write train metrics every so many steps.
+    logging_steps: int = 10
+    # Write a checkpoint every so many steps (and after the last one).
+    save_steps: int = 400
+    # Checkpoints kept, newest first; at least 2, for the newest may be the one that is damaged.
+    save_total_limit: int = 2
+    # SwanLab project and experiment name.
+    swanlab_project: str = "qwen3-sft-medical"
+    run_name: str = "qwen3-1.7b"
+    # auto: your own SwanLab setting, else online with a key, else offline.
+    swanlab_mode: Literal["auto", "online", "offline", "local", "disabled"] = "auto"
+
+    # --- this launch ---
+    # Go on from the newest complete checkpoint in output_dir; start where there is none.
+    resume: bool = False
+    # Show configuration, data report and one rendered example; load no weights.
+    dry_run: bool = False
+
+    def __post_init__(self):
+        at_least = {
+            "max_length": 16,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "eval_steps": 1,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "save_total_limit": 2,
+            "early_stopping_patience": 0,
+            "early_stopping_min_delta": 0,
+            "learning_rate": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "seed": 0,
+        }
+        for name, low in at_least.items():
+            if not low <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie between 0 and 1, not {self.warmup_ratio}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
+            raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}")
+        for name in ("dataset", "model", "output_dir"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} must not be empty")
+
+
+PRESETS = {
+    # The experiment as it was run.
+    "medical": TrainConfig(),
+    # Embedded data and model: no download, no account, no GPU. Overfits on purpose, to show it.
+    "tiny": TrainConfig(
+        dataset="sample",
+        model="tiny",
+        max_length=512,
+        mixed_precision="no",
+        gradient_checkpointing=False,
+        per_device_eval_batch_size=4,
+        learning_rate=3e-3,
+        warmup_ratio=0.05,
+        num_train_epochs=12,
+        eval_steps=20,
+        logging_steps=5,
+        save_steps=60,
+        run_name="tiny",
+        output_dir="outputs/tiny",
+    ),
+}
+
+USAGE = """\
+accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
+
+PRESET is medical (default: the experiment) or tiny (embedded data and model, runs on a CPU).
+--config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
+
+
+def parse_config(args: list[str]) -> TrainConfig:
+    """The configuration of a command line; a mistake in it is one message and exit status 2."""
+    args = list(args)
+    preset = args.pop(0) if args and not args[0].startswith("-") else "medical"
+    if preset not in PRESETS:
+        refuse(f"there is no preset {preset!r}; did you mean {nearest(preset, PRESETS)!r}?")
+    file_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    file_option.add_argument("--config")
+    try:
+        known, flags = file_option.parse_known_args(args)
+    except argparse.ArgumentError:
+        refuse("--config needs the name of a YAML file")
+    try:
+        config = PRESETS[preset]
+        if known.config is not None:
+            config = read_yaml(known.config, config)
+        # Only the main process speaks: every rank meets the same mistake.
+        return tyro.cli(
+            TrainConfig,
+            args=flags,
+            default=config,
+            prog=f"train.py {preset}",
+            description=USAGE,
+            console_outputs=is_main_process(),
+        )
+    except ValueError as error:
+        refuse(str(error))
+
+
+def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
+    """config with the settings of a YAML file; values are read as the command line would read them."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        refuse(f"cannot read {path}: {' '.join(str(error).split())}")
+    if not isinstance(settings, dict):
+        refuse(f"{path} must hold lines of the form `setting: value`")
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    values = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
+        flag = f"--{name}={value}"
+        if isinstance(value, bool):
+            flag = f"--{'' if value else 'no-'}{name}"
+        try:
+            parsed = tyro.cli(TrainConfig, args=[flag], default=config, console_outputs=False)
+        except (SystemExit, ValueError):
+            expected = getattr(fields[name], "__args__", None) or fields[name].__name__
+            refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
+        values[name] = getattr(parsed, name)
+    try:
+        return dataclasses.replace(config, **values)
+    except ValueError as error:
+        refuse(f"{path}: {error}")
+
+
+def nearest(word: str, choices) -> str:
+    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse(message: str) -> NoReturn:
+    """One message for a user's mistake, from the main process alone, and exit status 2."""
+    if is_main_process():
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

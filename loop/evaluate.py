@@ -1,0 +1,45 @@
+"""Token-exact evaluation: the training loss over every held-out row, each counted once."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+
+class EvalMetrics(NamedTuple):
+    """Mean cross-entropy per target token in nats; a part without targets has NaN."""
+
+    loss: float
+    think_loss: float
+    answer_loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, micro_batches: Sequence[dict], accelerator: Accelerator) -> EvalMetrics:
+    """micro_batches: this rank's share of the rows, as many as every other rank has.
+
+    Sums are kept in fp64 and divided once, so the result depends neither on the evaluation batch size
+    nor on the number of ranks. The model is left in the mode it came in.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)  # (loss, count) x (think, answer)
+    for micro_batch in micro_batches:
+        micro_batch = send_to_device(micro_batch, accelerator.device)
+        is_think = micro_batch["is_think"]
+        sums[0] += model(**micro_batch)
+        sums[1] += torch.stack([is_think.sum(), (~is_think).sum()])
+    model.train(was_training)
+    (think, answer), (num_think, num_answer) = accelerator.reduce(sums).tolist()  # all ranks
+    return EvalMetrics(mean(think + answer, num_think + num_answer), mean(think, num_think), mean(answer, num_answer))
+
+
+def mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -1,0 +1,197 @@
+"""Metrics: metrics.jsonl is the record, swanlab.log the view.
+
+SwanLab never stops a run: where it cannot start, fails, or cannot finish, the reason is said once
+and every point is still in metrics.jsonl.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from loop.checkpoint import RunError
+from loop.config import TrainConfig
+
+FINISH_SECONDS = 60  # an online finish waits for the network without end
+FAILURES_IN_A_ROW = 20
+
+
+def choose_mode(config: TrainConfig) -> str:
+    """The SwanLab mode to start in. Raises RunError where what was asked for cannot be, before anything is built."""
+    if config.swanlab_mode in ("disabled", "offline"):
+        return config.swanlab_mode
+    if config.swanlab_mode == "local":
+        from importlib.util import find_spec
+
+        if find_spec("swanboard") is None:
+            raise RunError("--swanlab-mode local needs the dashboard: pip install 'swanlab[dashboard]'")
+        return "local"
+    try:
+        take_project_from_environment()
+        import swanlab
+
+        settings = swanlab.Settings()
+        has_key = bool(settings.api_key)
+        chosen = settings.mode if "mode" in settings.model_fields_set else None
+    except Exception as error:
+        warn(f"SwanLab is unusable ({error}); metrics go to metrics.jsonl only")
+        return "disabled"
+    if config.swanlab_mode == "online" and not has_key:
+        raise RunError("--swanlab-mode online needs an account: run `swanlab login`, or choose --swanlab-mode offline")
+    if config.swanlab_mode == "auto":
+        mode = chosen or ("online" if has_key else "offline")
+        return mode if has_key or mode not in ("online", "cloud") else "offline"
+    return "online"
+
+
+def take_project_from_environment() -> str | None:
+    """SWANLAB_PROJECT=name, which transformers documents, makes every swanlab.init of 0.10 raise: take it out."""
+    project = os.environ.get("SWANLAB_PROJECT", "")
+    if project and not project.lstrip().startswith("{"):
+        os.environ["SWANLAB_PROJ_NAME"] = os.environ.pop("SWANLAB_PROJECT")
+    return os.environ.get("SWANLAB_PROJ_NAME")
+
+
+class Tracker:
+    """Writes metrics on the main process; on every other one each call does nothing."""
+
+    def __init__(self, config: TrainConfig, mode: str, run_id: str, step: int, is_main_process: bool, facts: dict):
+        """Opens metrics.jsonl, keeping the rows up to `step`, and starts SwanLab.
+
+        facts: what is worth knowing of the run beside its settings (versions, device, counts).
+        """
+        self.run = None
+        self.file = None
+        self.failures = 0
+        if not is_main_process:
+            return
+        self.directory = Path(config.output_dir) / "swanlog"
+        self.run_id = run_id
+        path = Path(config.output_dir) / "metrics.jsonl"
+        keep_rows(path, step)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        if mode != "disabled":
+            self.start_swanlab(config, mode, facts)
+
+    def start_swanlab(self, config: TrainConfig, mode: str, facts: dict) -> None:
+        interrupt = signal.getsignal(signal.SIGINT)
+        for mode in dict.fromkeys([mode, "offline"]):
+            try:
+                take_project_from_environment()
+                import swanlab
+
+                self.run = swanlab.init(
+                    mode=mode,
+                    project=config.swanlab_project,
+                    name=config.run_name,
+                    id=self.run_id,
+                    resume="allow",
+                    config={**dataclasses.asdict(config), **facts},
+                    log_dir=str(self.directory),
+                    # Never ask a question, and leave git alone: a remote's URL may hold a token.
+                    settings=swanlab.Settings(
+                        interactive=False, probe=swanlab.Settings().probe.model_copy(update={"git": False})
+                    ),
+                )
+                self.mode = mode
+                break
+            except Exception as error:
+                warn(f"SwanLab cannot start in mode {mode} ({type(error).__name__}: {error})")
+        # SwanLab's own handler would end its run before the loop has logged what it still holds.
+        signal.signal(signal.SIGINT, interrupt)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One line of metrics.jsonl, then SwanLab. Values that are not finite are written as strings."""
+        if self.file is None:
+            return
+        values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        line = {"step": step}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else str(value)
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            warn(f"metrics.jsonl: {error}")
+        # The local dashboard never draws a chart again that once met a NaN.
+        self.view(
+            {name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"},
+            step,
+        )
+
+    def log_text(self, name: str, texts: list[tuple[str, str]], step: int) -> None:
+        """texts: (caption, text)"""
+        if self.run is not None:
+            import swanlab
+
+            self.view({name: [swanlab.Text(text, caption=caption) for caption, text in texts]}, step)
+
+    def view(self, metrics: dict, step: int) -> None:
+        if self.run is None:
+            return
+        try:
+            import swanlab
+
+            swanlab.log(metrics, step=step)
+            self.failures = 0
+        except Exception as error:
+            self.failures += 1
+            if self.failures == 1:
+                warn(f"swanlab.log failed ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            if self.failures == FAILURES_IN_A_ROW:
+                warn("SwanLab is left out from here on")
+                self.run = None
+
+    def finish(self, error: str | None = None) -> None:
+        """Closes the record and ends the SwanLab run, waiting for the network a bounded time."""
+        if self.file is None:
+            return
+        self.file.close()
+        self.file = None
+        if self.run is None:
+            return
+        run, self.run = self.run, None
+        outcome = {"state": "crashed", "error": error} if error else {}
+
+        def end():
+            try:
+                run.finish(**outcome)
+            except ValueError:
+                pass  # off the main thread SwanLab cannot put its signal handler back, after all is written
+            except Exception as failure:
+                warn(f"SwanLab did not end cleanly ({failure})")
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(FINISH_SECONDS)
+        if ending.is_alive():
+            warn("SwanLab could not upload everything in time")
+        if ending.is_alive() or self.mode == "offline":
+            print(f"SwanLab: upload this run with  swanlab sync --id {self.run_id} {newest(self.directory)}")
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Leaves in metrics.jsonl what the run up to `step` wrote: later rows are about to be made again."""
+    if path.exists():
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if is_row_until(line, step)]
+        temporary = path.with_name(".tmp-metrics.jsonl")
+        temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def is_row_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # a line that a kill cut off
+        return False
+
+
+def newest(directory: Path) -> Path:
+    return max(directory.glob("run-*"), key=lambda path: path.stat().st_mtime, default=directory)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,218 @@
+"""The model: find it, load it, export it; and the tiny embedded one."""
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from model.attention import PACKED
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+THINK_TOKENS = ["<think>", "</think>"]
+
+# Text messages come out as Qwen3's own template renders them: the thinking of turns before the last
+# question is left out, and a last reply without thinking gets an empty block.
+TINY_TEMPLATE = """\
+{%- set last = namespace(question=-1) %}
+{%- for message in messages if message.role == 'user' %}
+    {%- set last.question = messages.index(message) %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- set thinking = message.reasoning_content or '' %}
+        {%- if loop.index0 > last.question and (thinking or loop.last) %}
+            {{- '<think>\\n' + thinking + '\\n</think>\\n\\n' }}
+        {%- endif %}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+class ModelError(Exception):
+    """The model cannot be had or used; the message says why and what to do."""
+
+
+def find_model(model: str, weights: bool = True) -> Path:
+    """The local folder of a model: a path, or a ModelScope download (without weights: the small files)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{model} has no config.json: it is no Hugging Face model folder")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(
+            f"there is no model folder {model!r}; name a local Hugging Face folder, "
+            "a ModelScope model id (owner/name), or `tiny`"
+        )
+    from modelscope import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot get the model {model} from ModelScope ({type(error).__name__}: {reason}). Check the name and "
+            "the network, or give a local folder with --model; without any download: accelerate launch train.py tiny"
+        ) from error
+
+
+def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = True):
+    """The tokenizer of a model; for `tiny` one made from tiny_texts. Nothing of the folder is executed."""
+    if model == "tiny":
+        return tiny_tokenizer(tiny_texts)
+    folder = find_model(model, weights)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"cannot load the tokenizer of {model}: {' '.join(str(error).split())[:300]}") from error
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in [*SPECIAL_TOKENS, *THINK_TOKENS] if token not in vocabulary]
+    if missing or tokenizer.chat_template is None:
+        lack = f"no token {', '.join(missing)}" if missing else "no chat template"
+        raise ModelError(f"the tokenizer of {model} has {lack}; a Qwen3 model is needed")
+    return tokenizer
+
+
+def load_model(model: str, tokenizer, gradient_checkpointing: bool):
+    """The causal language model in fp32 with packed attention, ready to train."""
+    try:
+        if model == "tiny":
+            causal_lm = tiny_model(tokenizer)
+        else:
+            folder = find_model(model)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if config.model_type != "qwen3":
+                raise ModelError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
+            causal_lm = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=PACKED,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+    if len(tokenizer) > causal_lm.config.vocab_size:
+        raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {causal_lm.config.vocab_size}")
+    if gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return causal_lm
+
+
+def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 2,048 words made from texts, with Qwen3's special tokens and template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2043,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # As in Qwen3 the think tokens are words of their own, yet not skipped with the special ones.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TINY_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(tokenizer):
+    """A random Qwen3 of 1.0 million parameters, on which the whole loop runs on a CPU."""
+    config = Qwen3Config(
+        vocab_size=2048,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
+
+
+def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays.
+
+    state_dict has causal_lm's own keys. A kill between the two renames leaves `.old-NAME`, which
+    `restore_export` puts back.
+    """
+    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in state_dict.items()}
+    if causal_lm.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    causal_lm.save_pretrained(temporary, state_dict=weights)
+    config = copy.deepcopy(causal_lm.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(temporary)
+    generation_config(causal_lm, tokenizer).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        # safetensors creates files that only their owner can read, whatever the umask.
+        path.chmod(0o666 & ~current_umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_export(folder: Path) -> None:
+    old = folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def generation_config(causal_lm, tokenizer) -> GenerationConfig:
+    """Both end tokens, Qwen3's sampling where the source model brings none of its own."""
+    own = causal_lm.generation_config.to_diff_dict() if causal_lm.generation_config else {}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    end = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    known = {name: own.get(name, value) for name, value in sampling.items()}
+    return GenerationConfig(**known, eos_token_id=end, pad_token_id=end[1], bos_token_id=end[1])
