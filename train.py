@@ -32,6 +32,7 @@ def main(args: list[str] | None = None) -> None:
 def run(config: TrainConfig) -> None:
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs, set_seed
+    from transformers.utils.logging import disable_progress_bar
 
     from data.batches import rank_batches, step_batch, steps_per_epoch
     from data.medical import write_split
@@ -44,6 +45,7 @@ def run(config: TrainConfig) -> None:
     from model.loss import SFTModel
     from model.qwen3 import export, load_model, restore_export
 
+    disable_progress_bar()  # of loading and saving weights: the only bar is the loop's
     output_dir = Path(config.output_dir)
     if not config.dry_run:
         check_output_dir(output_dir, config.resume)
@@ -74,7 +76,8 @@ def run(config: TrainConfig) -> None:
     accelerator.print(report_table(split.report))
     accelerator.print(
         f"{max_steps:,} optimizer steps of {rows_per_step} rows ({config.per_device_train_batch_size} rows x "
-        f"{config.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes) on {accelerator.device}"
+        f"{config.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes) "
+        f"on {accelerator.device}"
     )
     if config.dry_run:
         accelerator.print(show_example(train[0], tokenizer, color=use_color()))
@@ -177,14 +180,15 @@ def answer_samples(config: TrainConfig, rows, state, tracker, device) -> None:
     for row, reply in zip(rows, replies, strict=True):
         question = row.messages[-2]["content"]
         samples.append({"step": state.early_stopping.best_step, "question": question, **reply._asdict()})
-        print(f"\n问 {question}\n思考 {reply.think}\n答 {reply.answer}")
+        print(f"\n[question] {question}\n[think] {reply.think}\n[answer] {reply.answer}")
     write_jsonl(output_dir / "samples.jsonl", samples)
     texts = [(s["question"], f"Q: {s['question']}\n\nThink: {s['think']}\n\nA: {s['answer']}") for s in samples]
     tracker.log_text("samples/replies", texts, state.step)
     stopping = state.early_stopping
     why = "early stopping" if stopping.should_stop else "all steps done"
     print(
-        f"\n{why} at step {state.step}; best eval loss {stopping.best_loss} at step {stopping.best_step}: {output_dir / 'best'}"
+        f"\n{why} at step {state.step}; best eval loss {stopping.best_loss:.4f} at step {stopping.best_step}: "
+        f"{output_dir / 'best'}"
     )
 
 

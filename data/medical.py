@@ -72,7 +72,8 @@ def find_source(dataset: str) -> Path:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"cannot get the dataset {dataset} from ModelScope ({type(error).__name__}: {reason}). Check the name "
-            "and the network, or give a local file with --dataset; without any download: accelerate launch train.py tiny"
+            "and the network, or give a local file with --dataset; without any download: "
+            "accelerate launch train.py tiny"
         ) from error
     files = [p for p in folder.rglob("*") if p.suffix.lower() in FILE_TYPES and "dataset_infos" not in p.name]
     files = sorted(files)

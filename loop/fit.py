@@ -115,7 +115,7 @@ def keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar
     best_loss = state.early_stopping.best_loss
     tracker.log({**row, "eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}, state.step)
     if accelerator.is_main_process:
-        verdict = "best" if is_best else f"best was {best_loss} at step {state.early_stopping.best_step}"
+        verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.early_stopping.best_step}"
         bar.write(
             f"step {state.step}/{max_steps}  eval loss {metrics.loss:.4f} "
             f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
@@ -132,7 +132,8 @@ def skip_nonfinite(accelerator: Accelerator, state: TrainState, rows: list[str],
     if state.nonfinite_in_a_row > MAX_NONFINITE_IN_A_ROW:
         raise RunError(
             f"diverged: the gradient norm was not finite in {state.nonfinite_in_a_row} steps in a row, up to step "
-            f"{state.step}. Weights and checkpoints are intact. Try a lower --learning-rate or look at the rows named above"
+            f"{state.step}. Weights and checkpoints are intact. Try a lower --learning-rate, or look at the rows "
+            "named above"
         )
 
 

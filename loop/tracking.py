@@ -67,6 +67,7 @@ class Tracker:
         self.run = None
         self.file = None
         self.failures = 0
+        self.mode = "disabled"
         if not is_main_process:
             return
         self.directory = Path(config.output_dir) / "swanlog"
@@ -79,13 +80,13 @@ class Tracker:
 
     def start_swanlab(self, config: TrainConfig, mode: str, facts: dict) -> None:
         interrupt = signal.getsignal(signal.SIGINT)
-        for mode in dict.fromkeys([mode, "offline"]):
+        for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 take_project_from_environment()
                 import swanlab
 
                 self.run = swanlab.init(
-                    mode=mode,
+                    mode=attempt,
                     project=config.swanlab_project,
                     name=config.run_name,
                     id=self.run_id,
@@ -97,10 +98,10 @@ class Tracker:
                         interactive=False, probe=swanlab.Settings().probe.model_copy(update={"git": False})
                     ),
                 )
-                self.mode = mode
+                self.mode = attempt
                 break
             except Exception as error:
-                warn(f"SwanLab cannot start in mode {mode} ({type(error).__name__}: {error})")
+                warn(f"SwanLab cannot start in mode {attempt} ({type(error).__name__}: {error})")
         # SwanLab's own handler would end its run before the loop has logged what it still holds.
         signal.signal(signal.SIGINT, interrupt)
 
