@@ -138,7 +138,7 @@ def run(config: TrainConfig) -> None:
             export_best=export_best,
         )
         model, optimizer = accelerator.free_memory(model, optimizer)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and best.exists():  # no best model where every evaluation was NaN
             answer_samples(config, split.val[:3], state, tracker, accelerator.device)
     except BaseException as error:
         tracker.finish(error=f"{type(error).__name__}: {error}")

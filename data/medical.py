@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import logging
 import os
 import random
 import re
@@ -66,10 +67,11 @@ def find_source(dataset: str) -> Path:
         )
     from modelscope import dataset_snapshot_download
 
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # the one message about a failure is ours
     try:
         folder = Path(dataset_snapshot_download(dataset, allow_patterns=[f"*{suffix}" for suffix in FILE_TYPES]))
     except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:120]
         raise DataError(
             f"cannot get the dataset {dataset} from ModelScope ({type(error).__name__}: {reason}). Check the name "
             "and the network, or give a local file with --dataset; without any download: "

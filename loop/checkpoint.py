@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from loop.early_stopping import EarlyStopping
+
+# One process without a process group is an ordinary run, not a mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class RunError(Exception):

@@ -4,8 +4,10 @@ Nothing heavy is imported here: the command line answers before torch is loaded.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import sys
 from pathlib import Path
@@ -167,17 +169,17 @@ def parse_config(args: list[str]) -> TrainConfig:
         config = PRESETS[preset]
         if known.config is not None:
             config = read_yaml(known.config, config)
-        # Only the main process speaks: every rank meets the same mistake.
-        return tyro.cli(
-            TrainConfig,
-            args=flags,
-            default=config,
-            prog=f"train.py {preset}",
-            description=USAGE,
-            console_outputs=is_main_process(),
-        )
+        return read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
     except ValueError as error:
         refuse(str(error))
+
+
+def read_flags(flags: list[str], config: TrainConfig, quiet: bool, prog: str = "train.py") -> TrainConfig:
+    """config with flags applied; a wrong one is tyro's message (none where quiet) and exit status 2."""
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        return tyro.cli(
+            TrainConfig, args=flags, default=config, prog=prog, description=USAGE, console_outputs=not quiet
+        )
 
 
 def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
@@ -200,7 +202,7 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
         if isinstance(value, bool):
             flag = f"--{'' if value else 'no-'}{name}"
         try:
-            parsed = tyro.cli(TrainConfig, args=[flag], default=config, console_outputs=False)
+            parsed = read_flags([flag], config, quiet=True)
         except (SystemExit, ValueError):
             expected = getattr(fields[name], "__args__", None) or fields[name].__name__
             refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")

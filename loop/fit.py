@@ -89,11 +89,9 @@ def fit(
                 "memory/peak_gib": peak_memory_gib(accelerator.device),
             }
             tracker.log(row, state.step)
-            bar.set_postfix(
-                loss=f"{row['train/loss']:.4f}",
-                lr=f"{lr:.2e}",
-                tokens_per_s=f"{row['perf/tokens_per_s']:,.0f}",
-            )
+            bar.set_postfix(loss=f"{row['train/loss']:.4f}", lr=lr, tokens_per_s=row["perf/tokens_per_s"])
+            if accelerator.is_main_process and bar.disable:  # no terminal: a log file reads lines, not a bar
+                print(f"step {state.step}/{max_steps}  {bar.postfix}", flush=True)
             state.loss_sums, state.num_targets = [0.0, 0.0], [0, 0]
             seconds, num_tokens, num_steps = 0.0, 0, 0
         bar.update()
@@ -112,7 +110,7 @@ def keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar
     if is_best:
         export_best()
     row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
-    best_loss = state.early_stopping.best_loss
+    best_loss = math.nan if state.early_stopping.best_loss is None else state.early_stopping.best_loss
     tracker.log({**row, "eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}, state.step)
     if accelerator.is_main_process:
         verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.early_stopping.best_step}"

@@ -1,6 +1,7 @@
 """The model: find it, load it, export it; and the tiny embedded one."""
 
 import copy
+import logging
 import os
 import re
 import shutil
@@ -26,8 +27,8 @@ THINK_TOKENS = ["<think>", "</think>"]
 # question is left out, and a last reply without thinking gets an empty block.
 TINY_TEMPLATE = """\
 {%- set last = namespace(question=-1) %}
-{%- for message in messages if message.role == 'user' %}
-    {%- set last.question = messages.index(message) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
 {%- endfor %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -66,11 +67,12 @@ def find_model(model: str, weights: bool = True) -> Path:
         )
     from modelscope import snapshot_download
 
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # the one message about a failure is ours
     patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:120]
         raise ModelError(
             f"cannot get the model {model} from ModelScope ({type(error).__name__}: {reason}). Check the name and "
             "the network, or give a local folder with --model; without any download: accelerate launch train.py tiny"
@@ -120,7 +122,8 @@ def load_model(model: str, tokenizer, gradient_checkpointing: bool):
     if len(tokenizer) > causal_lm.config.vocab_size:
         raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {causal_lm.config.vocab_size}")
     if gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it after 5.17; both are non-reentrant by default.
+        getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)()
     return causal_lm
 
 

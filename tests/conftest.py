@@ -1,0 +1,102 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch is imported: two threads a process, nobody's SwanLab account, no hub.
+os.environ |= {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"ACCELERATE_USE_CPU": "true", "SWANLAB_MODE": "disabled", "NO_COLOR": "1"}
+for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data.encode import encode_rows
+from data.medical import load_split
+from model.loss import SFTModel
+from model.qwen3 import load_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+# Real rows and the real tokenizer, where they lie beside the checkout; tests that use them skip without.
+REAL = ROOT.parent / "shared" / "real"
+SYSTEM = "你是一个医学专家。"
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    return Accelerator(mixed_precision="no")
+
+
+@pytest.fixture(scope="session")
+def split():
+    return load_split("sample", SYSTEM, val_fraction=0.1, seed=42)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(split):
+    return tiny_tokenizer(
+        message["content"] + message.get("reasoning_content", "") for row in split.train for message in row.messages
+    )
+
+
+@pytest.fixture(scope="session")
+def examples(split, tokenizer):
+    return encode_rows(split.train, tokenizer, max_length=512, overlong="error")[0]
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """A fresh tiny SFTModel, the same weights at every call."""
+
+    def make(gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> SFTModel:
+        torch.manual_seed(0)
+        return SFTModel(load_model("tiny", tokenizer, gradient_checkpointing)).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def train_py(tmp_path):
+    """Runs `python train.py ...` (or another launcher) as a user would, from the repository root."""
+
+    def run(*args, launcher=(sys.executable,), check=True, timeout=180, **env) -> subprocess.CompletedProcess:
+        command = [*launcher, "train.py", *map(str, args)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "SWANLAB_SAVE_DIR": str(tmp_path), **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    return run
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Writes rows (objects, or raw bytes for broken lines) to a file and returns its path."""
+
+    def write(rows, name="rows.jsonl") -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return path
+
+    return write
+
+
+def good_row(index: int) -> dict:
+    return {"question": f"第{index}个问题？", "think": f"先想第{index}步。\n", "answer": f"第{index}个回答。"}
+
+
+def metrics_of(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

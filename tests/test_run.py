@@ -1,0 +1,256 @@
+"""Whole runs through the command line, as a user starts them."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, good_row, metrics_of
+
+from loop.checkpoint import complete_checkpoints
+from model.generate import load_for_generation, reply_to
+
+SHORT = ["tiny", "--max-steps", "12", "--eval-steps", "4", "--save-steps", "4", "--logging-steps", "3"]
+TIMES = {"perf/tokens_per_s", "perf/step_time_s", "memory/peak_gib"}  # what no two runs share
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(
+        [sys.executable, "train.py", *SHORT, "--output-dir", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+def curve(out: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in metrics_of(out)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights_and_moments(checkpoint: Path, tmp_path: Path) -> dict:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = tmp_path / f"{checkpoint.parent.parent.name}.pt"
+    dcp_to_torch_save(checkpoint / "state", file)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_what_a_run_leaves(finished):
+    out, stdout = finished
+    rows = metrics_of(out)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 4, 8, 12]
+    assert [row["step"] for row in rows if "train/loss" in row] == [3, 6, 9, 12]
+    evals = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert evals[0] > evals[-1] and rows[-1]["eval/best_loss"] == min(evals)
+    last = [row for row in rows if "train/loss" in row][-1]
+    assert {"train/think_loss", "train/answer_loss", "train/grad_norm", "train/learning_rate", *TIMES} <= last.keys()
+    assert last["train/epoch"] == pytest.approx(12 / 27)
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-00000012", "step-00000008"]
+    trainer = json.loads((out / "checkpoints/step-00000012/trainer.json").read_text())
+    assert trainer["step"] == 12 and trainer["tokens_seen"] == last["train/tokens_seen"]
+    assert trainer["early_stopping"]["best_loss"] == min(evals)
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 3 and "[answer]" in stdout
+    assert {path.name for path in (out / "data").iterdir()} == {
+        "train.jsonl", "val.jsonl", "train_format.jsonl", "val_format.jsonl", "data_report.json",
+    }  # fmt: skip
+
+
+def test_the_exported_folder_stands_alone(finished):
+    """In a clean process, with transformers alone, the model has the evaluation loss that was reported."""
+    out, _ = finished
+    code = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert model.dtype == torch.bfloat16, model.dtype
+model = model.float()
+loss = count = 0
+for line in open(sys.argv[2]):
+    row = json.loads(line)
+    prompt = [{"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["input"]}]
+    prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(prompt + row["output"] + "<|im_end|>")["input_ids"]])
+    logits = model(ids).logits[0, start - 1 : -1]
+    loss += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+    count += ids.shape[1] - start
+g = model.generation_config
+print(json.dumps([loss / count, g.eos_token_id, tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])]))
+"""
+    command = [sys.executable, "-c", code, str(out / "best"), str(out / "data/val_format.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr
+    loss, ends, expected_ends = json.loads(done.stdout)
+    assert loss == pytest.approx(metrics_of(out)[-1]["eval/best_loss"], abs=2e-3)  # bf16 weights
+    assert ends == expected_ends
+    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"} <= {
+        path.name for path in (out / "best").iterdir()
+    }
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, train_py, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SHORT, "--output-dir", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (out / "checkpoints/step-00000004").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for folder in (out / "checkpoints").glob("step-*"):
+        if folder.name != "step-00000004":  # the machine was too quick: make it as the kill would have left it
+            shutil.rmtree(folder)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train/lo')
+    done = train_py(*SHORT, "--output-dir", out, "--resume")
+    assert "resumed from" in done.stdout and "step-00000004" in done.stdout
+    ours, theirs = (path / "checkpoints/step-00000012" for path in (out, whole))
+    assert_same(weights_and_moments(ours, tmp_path), weights_and_moments(theirs, tmp_path))
+    states = [json.loads((path / "trainer.json").read_text()) for path in (ours, theirs)]
+    assert states[0].pop("run_id") != states[1].pop("run_id") and states[0] == states[1]
+    assert curve(out) == curve(whole)
+    assert files_of(out / "best") == files_of(whole / "best")
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_neither_overwritten_nor_changed(finished, train_py):
+    out, _ = finished
+    before = files_of(out)
+    done = train_py(*SHORT, "--output-dir", out, check=False)
+    assert done.returncode == 2 and "already holds a run" in done.stderr and "--resume" in done.stderr
+    assert files_of(out) == before
+    assert "is finished" in train_py(*SHORT, "--output-dir", out, "--resume").stdout
+    before.pop("data/data_report.json"), (after := files_of(out)).pop("data/data_report.json")
+    assert after == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    root = tmp_path / "checkpoints"
+    shutil.copytree(finished[0] / "checkpoints", root)
+    (part,) = (root / "step-00000012/state").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert [path.name for path in complete_checkpoints(root)] == ["step-00000008"]
+    (root / "step-00000008/trainer.json").unlink()
+    assert complete_checkpoints(root) == []
+
+
+def test_two_processes_end_where_one_does(finished, train_py, tmp_path):
+    """Two ranks with half the accumulation take the same steps; sums differ in their last bits."""
+    out = tmp_path / "two"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = train_py(
+        *SHORT, "--output-dir", out, "--gradient-accumulation-steps", "2", launcher=launcher, OMP_NUM_THREADS="1"
+    )
+    assert "x 2 processes" in done.stdout and done.stdout.count("rows read") == 1
+    for ours, theirs in zip(curve(out), curve(finished[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-4)
+
+
+def test_early_stopping_keeps_the_best(train_py, tmp_path):
+    """A learning rate that ruins the model: the first evaluation stays the best, and it is what is exported."""
+    out = tmp_path / "out"
+    args = ["--learning-rate", "0.5", "--eval-steps", "1", "--early-stopping-patience", "2", "--warmup-ratio", "0"]
+    done = train_py("tiny", *args, "--output-dir", out)
+    evals = [row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row]
+    assert len(evals) == 3 and min(evals) == evals[0]
+    assert "early stopping at step 2" in done.stdout and "at step 0" in done.stdout
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-00000002"]
+
+
+def test_a_run_that_diverges_stops_and_names_the_rows(train_py, tmp_path):
+    """A model whose weights hold a NaN: every gradient norm is NaN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, broken, good = tmp_path / "out", tmp_path / "broken", tmp_path / "good"
+    train_py("tiny", "--max-steps", "1", "--output-dir", good)
+    model = AutoModelForCausalLM.from_pretrained(good / "best")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(good / "best").save_pretrained(broken)
+    done = train_py("tiny", "--model", broken, "--eval-steps", "100", "--output-dir", out, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "diverged" in done.stderr and "4 steps in a row" in done.stderr
+    assert done.stderr.count("skipped, nothing updated") == 4 and "sample.jsonl:" in done.stderr
+    assert not (out / "best").exists() and not complete_checkpoints(out / "checkpoints")
+
+
+def test_dialogues_and_rows_without_thinking_train(train_py, jsonl, tmp_path):
+    turns = [
+        {"role": "user", "content": "我发烧了。"},
+        {"role": "assistant", "content": "多少度？", "reasoning_content": "先问体温。"},
+        {"role": "user", "content": "三十八度五。"},
+        {"role": "assistant", "content": "多喝水，注意休息。"},
+    ]
+    rows = [good_row(i) for i in range(10)] + [
+        {"messages": [*turns[:2], {**turns[2], "content": f"{i}"}, turns[3]]} for i in range(10)
+    ]
+    out = tmp_path / "out"
+    path = jsonl(rows)
+    done = train_py(
+        "tiny", "--dataset", path, "--max-steps", "2", "--output-dir", out, "--per-device-train-batch-size", "3"
+    )
+    report = json.loads((out / "data/data_report.json").read_text())
+    assert report["rows"] == 20 and report["without_thinking"] == 10 and report["unusable"] == 0
+    assert "2 optimizer steps of 12 rows" in done.stdout
+
+
+def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
+    """No account, no network, no terminal: the run is written for a later `swanlab sync`."""
+    out = tmp_path / "out"
+    args = ["--max-steps", "2", "--logging-steps", "1", "--output-dir", out, "--swanlab-mode"]
+    done = train_py("tiny", *args, "offline", SWANLAB_MODE="", SWANLAB_PROJECT="名字", HOME=str(tmp_path))
+    assert "swanlab sync --id" in done.stdout
+    (run,) = (out / "swanlog").glob("run-*")
+    stored = b"".join(path.read_bytes() for path in run.glob("*.swanlab"))
+    assert stored.count(b"train/loss") >= 2 and b"eval/best_loss" in stored and b"samples/replies" in stored
+    refusal = train_py("tiny", *args, "online", check=False, SWANLAB_MODE="", HOME=str(tmp_path / "nobody"), timeout=60)
+    assert refusal.returncode == 2
+
+
+def test_replies_are_split_by_token_id(finished, split):
+    model, tokenizer = load_for_generation(finished[0] / "best", torch.device("cpu"))
+    dialogues = [row.messages[:-1] for row in split.val[:3]]
+    together = reply_to(model, tokenizer, dialogues, max_new_tokens=20)
+    assert together == [reply_to(model, tokenizer, [dialogue], max_new_tokens=20)[0] for dialogue in dialogues]
+
+    from model.generate import split_reply
+
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for text, expected in {
+        "<think>\n想\n</think>\n\n答<|im_end|><|endoftext|>": ("想", "答", True, True),
+        "<think>\n想": ("想", "", False, False),
+        "<think>\n\n</think>\n\n答": ("", "答", True, False),
+    }.items():
+        assert split_reply(tokenizer(text)["input_ids"], tokenizer, ends) == expected
+
+
+def test_the_house_stays_small():
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("loop/step.py", "loop/fit.py")}
+    assert lines["loop/step.py"] <= 65 and lines["loop/fit.py"] <= 150
