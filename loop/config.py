@@ -93,7 +93,8 @@ class TrainConfig:
     # Show configuration, data report and one rendered example; load no weights.
     dry_run: bool = False
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that is out of range."""
         at_least = {
             "max_length": 16,
             "per_device_train_batch_size": 1,
@@ -169,7 +170,9 @@ def parse_config(args: list[str]) -> TrainConfig:
         config = PRESETS[preset]
         if known.config is not None:
             config = read_yaml(known.config, config)
-        return read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
+        config = read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
+        config.check()
+        return config
     except ValueError as error:
         refuse(str(error))
 
@@ -203,12 +206,14 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
             flag = f"--{'' if value else 'no-'}{name}"
         try:
             parsed = read_flags([flag], config, quiet=True)
-        except (SystemExit, ValueError):
+        except SystemExit:
             expected = getattr(fields[name], "__args__", None) or fields[name].__name__
             refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
         values[name] = getattr(parsed, name)
+    config = dataclasses.replace(config, **values)
     try:
-        return dataclasses.replace(config, **values)
+        config.check()
+        return config
     except ValueError as error:
         refuse(f"{path}: {error}")
 

@@ -59,15 +59,16 @@ def make_model(tokenizer):
 
 
 @pytest.fixture
-def train_py(tmp_path):
+def train_py():
     """Runs `python train.py ...` (or another launcher) as a user would, from the repository root."""
 
     def run(*args, launcher=(sys.executable,), check=True, timeout=180, **env) -> subprocess.CompletedProcess:
+        """env: variables to set, or None to leave out"""
         command = [*launcher, "train.py", *map(str, args)]
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "SWANLAB_SAVE_DIR": str(tmp_path), **env},
+            env={name: value for name, value in {**os.environ, **env}.items() if value is not None},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

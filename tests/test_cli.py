@@ -114,9 +114,10 @@ def test_modelscope_out_of_reach_is_one_message(train_py, tmp_path):
 
 def test_dry_run_shows_everything_and_writes_nothing(train_py, tmp_path):
     out = tmp_path / "out"
-    done = train_py("tiny", "--dry-run", "--output-dir", out, FORCE_COLOR="1", NO_COLOR="")
+    done = train_py("tiny", "--dry-run", "--output-dir", out, FORCE_COLOR="1", NO_COLOR=None)
     shown = yaml.safe_load(done.stdout.split("\ndata  ")[0])
     assert shown == dataclasses.asdict(dataclasses.replace(PRESETS["tiny"], dry_run=True, output_dir=str(out)))
     assert "648 optimizer steps of 4 rows" in done.stdout and "120 rows read" in done.stdout
     assert "--- think: " in done.stdout and "<|im_end|>" in done.stdout
+    assert "\033[33m<think>" in done.stdout and "\033[32m\n\n" in done.stdout
     assert not out.exists()

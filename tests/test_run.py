@@ -225,13 +225,16 @@ def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
     """No account, no network, no terminal: the run is written for a later `swanlab sync`."""
     out = tmp_path / "out"
     args = ["--max-steps", "2", "--logging-steps", "1", "--output-dir", out, "--swanlab-mode"]
-    done = train_py("tiny", *args, "offline", SWANLAB_MODE="", SWANLAB_PROJECT="名字", HOME=str(tmp_path))
+    done = train_py("tiny", *args, "offline", SWANLAB_MODE=None, SWANLAB_PROJECT="名字", HOME=str(tmp_path))
     assert "swanlab sync --id" in done.stdout
     (run,) = (out / "swanlog").glob("run-*")
     stored = b"".join(path.read_bytes() for path in run.glob("*.swanlab"))
     assert stored.count(b"train/loss") >= 2 and b"eval/best_loss" in stored and b"samples/replies" in stored
-    refusal = train_py("tiny", *args, "online", check=False, SWANLAB_MODE="", HOME=str(tmp_path / "nobody"), timeout=60)
-    assert refusal.returncode == 2
+    args[args.index(out)] = tmp_path / "other"
+    refusal = train_py(
+        "tiny", *args, "online", check=False, SWANLAB_MODE=None, HOME=str(tmp_path / "nobody"), timeout=60
+    )
+    assert refusal.returncode == 2 and "swanlab login" in refusal.stderr and not (tmp_path / "other/data").exists()
 
 
 def test_replies_are_split_by_token_id(finished, split):
