@@ -31,7 +31,7 @@ def choose_mode(config: TrainConfig) -> str:
             raise RunError("--swanlab-mode local needs the dashboard: pip install 'swanlab[dashboard]'")
         return "local"
     try:
-        take_project_from_environment()
+        drop_project_variable()
         import swanlab
 
         settings = swanlab.Settings()
@@ -48,12 +48,10 @@ def choose_mode(config: TrainConfig) -> str:
     return "online"
 
 
-def take_project_from_environment() -> str | None:
-    """SWANLAB_PROJECT=name, which transformers documents, makes every swanlab.init of 0.10 raise: take it out."""
-    project = os.environ.get("SWANLAB_PROJECT", "")
-    if project and not project.lstrip().startswith("{"):
-        os.environ["SWANLAB_PROJ_NAME"] = os.environ.pop("SWANLAB_PROJECT")
-    return os.environ.get("SWANLAB_PROJ_NAME")
+def drop_project_variable() -> None:
+    """SWANLAB_PROJECT=name, which transformers documents, makes every swanlab.init of 0.10 raise."""
+    if not os.environ.get("SWANLAB_PROJECT", "{").lstrip().startswith("{"):
+        warn(f"SWANLAB_PROJECT={os.environ.pop('SWANLAB_PROJECT')} is not used; the project is --swanlab-project")
 
 
 class Tracker:
@@ -82,7 +80,7 @@ class Tracker:
         interrupt = signal.getsignal(signal.SIGINT)
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
-                take_project_from_environment()
+                drop_project_variable()
                 import swanlab
 
                 self.run = swanlab.init(
@@ -175,9 +173,13 @@ class Tracker:
 
 
 def keep_rows(path: Path, step: int) -> None:
-    """Leaves in metrics.jsonl what the run up to `step` wrote: later rows are about to be made again."""
+    """Leaves in metrics.jsonl what the run up to `step` wrote: later rows are about to be made again.
+
+    A run that begins (step 0) makes all of them.
+    """
     if path.exists():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if is_row_until(line, step)]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [line for line in lines if step > 0 and is_row_until(line, step)]
         temporary = path.with_name(".tmp-metrics.jsonl")
         temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
