@@ -19,13 +19,14 @@ from loop.config import TrainConfig, parse_config, refuse
 def main(args: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if args is None else args)
     # Heavy imports wait until the command line is known to be right.
+    from data.hub import HubError
     from data.medical import DataError
     from loop.checkpoint import RunError
     from model.qwen3 import ModelError
 
     try:
         run(config)
-    except (DataError, ModelError, RunError) as error:
+    except (HubError, DataError, ModelError, RunError) as error:
         refuse(str(error))
 
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import logging
 import os
 import random
 import re
@@ -11,6 +10,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from data.hub import download, is_hub_id
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -60,23 +61,12 @@ def find_source(dataset: str) -> Path:
         if path.suffix.lower() not in FILE_TYPES:
             raise DataError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
         return path
-    if path.suffix.lower() in FILE_TYPES or path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+    if path.suffix.lower() in FILE_TYPES or path.exists() or not is_hub_id(dataset):
         raise DataError(
             f"there is no dataset file {dataset!r}; name a {', '.join(FILE_TYPES)} file, "
             "a ModelScope dataset id (owner/name), or `sample`"
         )
-    from modelscope import dataset_snapshot_download
-
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # the one message about a failure is ours
-    try:
-        folder = Path(dataset_snapshot_download(dataset, allow_patterns=[f"*{suffix}" for suffix in FILE_TYPES]))
-    except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(
-            f"cannot get the dataset {dataset} from ModelScope ({type(error).__name__}: {reason}). Check the name "
-            "and the network, or give a local file with --dataset; without any download: "
-            "accelerate launch train.py tiny"
-        ) from error
+    folder = download("dataset", dataset, [f"*{suffix}" for suffix in FILE_TYPES])
     files = [p for p in folder.rglob("*") if p.suffix.lower() in FILE_TYPES and "dataset_infos" not in p.name]
     files = sorted(files)
     if len(files) > 1:

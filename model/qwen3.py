@@ -1,9 +1,7 @@
 """The model: find it, load it, export it; and the tiny embedded one."""
 
 import copy
-import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from data.hub import HubError, download, is_hub_id
 from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -60,23 +59,12 @@ def find_model(model: str, weights: bool = True) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{model} has no config.json: it is no Hugging Face model folder")
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if folder.exists() or not is_hub_id(model):
         raise ModelError(
             f"there is no model folder {model!r}; name a local Hugging Face folder, "
             "a ModelScope model id (owner/name), or `tiny`"
         )
-    from modelscope import snapshot_download
-
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # the one message about a failure is ours
-    patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises many kinds
-        reason = " ".join(str(error).split())[:120]
-        raise ModelError(
-            f"cannot get the model {model} from ModelScope ({type(error).__name__}: {reason}). Check the name and "
-            "the network, or give a local folder with --model; without any download: accelerate launch train.py tiny"
-        ) from error
+    return download("model", model, ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])])
 
 
 def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = True):
@@ -115,7 +103,7 @@ def load_model(model: str, tokenizer, gradient_checkpointing: bool):
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-    except ModelError:
+    except (ModelError, HubError):
         raise
     except Exception as error:
         raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
