@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import uuid
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,13 +33,13 @@ def main(args: list[str] | None = None) -> None:
 
 def run(config: TrainConfig) -> None:
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs, set_seed
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, set_seed
     from transformers.utils.logging import disable_progress_bar
 
     from data.batches import rank_batches, step_batch, steps_per_epoch
     from data.medical import write_split
     from data.show import report_table, show_example
-    from loop.checkpoint import TrainState, check_output_dir, complete_checkpoints, load_checkpoint
+    from loop.checkpoint import RunError, TrainState, check_output_dir, complete_checkpoints, load_checkpoint
     from loop.early_stopping import EarlyStopping
     from loop.fit import fit
     from loop.optimizer import make_optimizer
@@ -51,11 +52,18 @@ def run(config: TrainConfig) -> None:
     if not config.dry_run:
         check_output_dir(output_dir, config.resume)
         swanlab_mode = choose_mode(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        # Recomputation casts every weight anew, so autocast's cache of bf16 copies would only take memory.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=not config.gradient_checkpointing)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[
+                # Recomputation casts every weight anew, so autocast's cache of bf16 copies would only take memory.
+                AutocastKwargs(cache_enabled=not config.gradient_checkpointing),
+                # Ranks wait for the main process to download the model, and to write its last samples.
+                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            ],
+        )
+    except ValueError as error:  # a device without bf16, say
+        raise RunError(f"{error} (--mixed-precision no computes in fp32)") from error
 
     # --- data: every rank reads the same rows, the main process writes them down ----------------
     with accelerator.local_main_process_first():  # a download happens once
@@ -181,7 +189,8 @@ def answer_samples(config: TrainConfig, rows, state, tracker, device) -> None:
     for row, reply in zip(rows, replies, strict=True):
         question = row.messages[-2]["content"]
         samples.append({"step": state.early_stopping.best_step, "question": question, **reply._asdict()})
-        print(f"\n[question] {question}\n[think] {reply.think}\n[answer] {reply.answer}")
+        thinking = reply.think if len(reply.think) <= 200 else reply.think[:200] + " ..."  # whole in samples.jsonl
+        print(f"\n[question] {question}\n[think] {thinking}\n[answer] {reply.answer}")
     write_jsonl(output_dir / "samples.jsonl", samples)
     texts = [(s["question"], f"Q: {s['question']}\n\nThink: {s['think']}\n\nA: {s['answer']}") for s in samples]
     tracker.log_text("samples/replies", texts, state.step)

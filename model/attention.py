@@ -28,10 +28,15 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim) -> (1, T, heads, head_dim).
 
-    On CUDA one varlen kernel serves all rows; elsewhere each row is one scaled_dot_product_attention.
+    In half precision on CUDA one varlen kernel serves all rows; elsewhere, and in fp32, which that kernel
+    does not take, each row is one scaled_dot_product_attention.
     """
     if query.device.type == "cuda":
-        return varlen_cuda(query, key, value, scaling, dropout, cu_seqlens, max_seqlen), None
+        # Under autocast the norms' fp32 weights make query and key fp32 all the same.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        if dtype != torch.float32:
+            query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+            return varlen(query, key, value, scaling, dropout, cu_seqlens, max_seqlen).unsqueeze(0), None
     lengths = cu_seqlens.diff().tolist()
     rows = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
@@ -40,17 +45,14 @@ def packed_attention(
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 
-def varlen_cuda(query, key, value, scaling, dropout, cu_seqlens, max_seqlen) -> torch.Tensor:
+def varlen(query, key, value, scaling, dropout, cu_seqlens, max_seqlen) -> torch.Tensor:
+    """(T, heads, head_dim) each, in half precision -> the same"""
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
-        raise ValueError("attention_dropout is not possible on CUDA: varlen_attn has none. Set it to 0 in config.json")
-    # The norms' fp32 weights make query and key fp32 under autocast, and the kernel takes bf16 only.
-    dtype = torch.bfloat16 if query.dtype == torch.float32 else query.dtype
-    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+        raise ValueError("varlen_attn has no dropout: set attention_dropout to 0 in the model's config.json")
     # torch 2.11 groups heads by itself and has no such argument; from 2.12 on it must be asked for.
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    causal = (-1, 0)
     return varlen_attn(
         query,
         key,
@@ -60,9 +62,9 @@ def varlen_cuda(query, key, value, scaling, dropout, cu_seqlens, max_seqlen) -> 
         max_seqlen,
         max_seqlen,
         scale=scaling,
-        window_size=causal,
+        window_size=(-1, 0),  # causal
         **gqa,
-    ).unsqueeze(0)
+    )
 
 
 AttentionInterface.register(PACKED, packed_attention)

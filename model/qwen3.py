@@ -166,9 +166,10 @@ def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Pa
     `restore_export` puts back.
     """
     temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    restore_export(folder)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in state_dict.items()}
+    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state_dict.items()}
     if causal_lm.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     causal_lm.save_pretrained(temporary, state_dict=weights)
@@ -189,6 +190,7 @@ def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Pa
 
 
 def restore_export(folder: Path) -> None:
+    """Puts the last export back where a kill struck between the two renames."""
     old = folder.with_name(f".old-{folder.name}")
     if old.exists() and not folder.exists():
         old.rename(folder)

@@ -257,3 +257,14 @@ def test_replies_are_split_by_token_id(finished, split):
 def test_the_house_stays_small():
     lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("loop/step.py", "loop/fit.py")}
     assert lines["loop/step.py"] <= 65 and lines["loop/fit.py"] <= 150
+
+
+def test_an_export_interrupted_between_its_renames_is_put_back(finished, tmp_path):
+    from model.qwen3 import restore_export
+
+    best = tmp_path / "best"
+    shutil.copytree(finished[0] / "best", tmp_path / ".old-best")
+    restore_export(best)
+    assert files_of(best) == files_of(finished[0] / "best")
+    restore_export(best)
+    assert not (tmp_path / ".old-best").exists()
