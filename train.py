@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if args is None else args)
     # Heavy imports wait until the command line is known to be right.
     from data.hub import HubError
-    from data.medical import DataError
+    from data.source import DataError
     from loop.checkpoint import RunError
     from model.qwen3 import ModelError
 
@@ -159,7 +159,8 @@ def run(config: TrainConfig) -> None:
 def load_data(config: TrainConfig):
     """(Split, tokenizer, train Examples, val Examples), the Split's report completed with token counts."""
     from data.encode import encode_rows, token_report
-    from data.medical import DataError, load_split
+    from data.medical import load_split
+    from data.source import DataError
     from model.qwen3 import load_tokenizer
 
     split = load_split(config.dataset, config.system_prompt, config.val_fraction, config.seed)

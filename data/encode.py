@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.medical import DataError, Row
+from data.medical import Row
+from data.source import DataError
 
 
 class Example(NamedTuple):

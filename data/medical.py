@@ -1,29 +1,20 @@
-"""Rows: get them, validate each one, split them, write the split files and the report."""
+"""Rows: validate each one, split them, write the split files and the report."""
 
-import csv
 import dataclasses
 import json
 import os
 import random
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-from data.hub import download, is_hub_id
+from data.source import DataError, find_source, read_source
 
-SAMPLE = Path(__file__).with_name("sample.jsonl")
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 MAX_UNUSABLE = 0.1
 
 # Text that a chat template or a tokenizer would take for structure.
 MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
 INLINE_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-
-
-class DataError(Exception):
-    """The data cannot be trained on; the message says which rows, why, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,75 +41,6 @@ class Split:
     train: list[Row]
     val: list[Row]
     report: dict
-
-
-def find_source(dataset: str) -> Path:
-    """The local file of a dataset: the embedded sample, a path, or a ModelScope download."""
-    if dataset == "sample":
-        return SAMPLE
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in FILE_TYPES:
-            raise DataError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
-        return path
-    if path.suffix.lower() in FILE_TYPES or path.exists() or not is_hub_id(dataset):
-        raise DataError(
-            f"there is no dataset file {dataset!r}; name a {', '.join(FILE_TYPES)} file, "
-            "a ModelScope dataset id (owner/name), or `sample`"
-        )
-    folder = download("dataset", dataset, [f"*{suffix}" for suffix in FILE_TYPES])
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in FILE_TYPES and "dataset_infos" not in p.name]
-    files = sorted(files)
-    if len(files) > 1:
-        files = [path for path in files if "train" in path.name] or files
-    if len(files) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in files) or "none"
-        raise DataError(
-            f"{dataset}: one data file expected, found {names}; pass the one to use with --dataset {folder}/FILE"
-        )
-    return files[0]
-
-
-def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """(place, columns) for every row of a file, or (place, reason) where there is no reading it."""
-    try:
-        if path.suffix.lower() == ".jsonl":
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path.name}:{number}", parse_json_line(line)
-        elif path.suffix.lower() == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise DataError(f"{path}: a .json dataset is a list of rows")
-            for number, row in enumerate(rows, start=1):
-                yield f"{path.name} row {number}", row
-        elif path.suffix.lower() == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield f"{path.name}:{reader.line_num}", {key: row[key] for key in row if key is not None}
-        else:
-            from datasets import Dataset
-
-            with tempfile.TemporaryDirectory() as cache:
-                rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
-            for number, row in enumerate(rows, start=1):
-                yield f"{path.name} row {number}", row
-    except DataError:
-        raise
-    except Exception as error:  # each format's reader raises its own kinds
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
-
-
-def parse_json_line(line: bytes) -> dict | str:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "is not valid UTF-8"
-    except (ValueError, RecursionError):
-        return "is not valid JSON"
 
 
 def to_messages(columns: dict, system_prompt: str) -> list[dict]:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from data.batches import collate, rank_batches, step_batch, step_indices, steps_per_epoch
 from data.encode import encode_rows
-from data.medical import DataError, Row, load_split, to_format, to_messages, write_split
+from data.medical import Row, load_split, to_format, to_messages, write_split
+from data.source import DataError
 
 USER = {"role": "user", "content": "头痛怎么办？"}
 THOUGHT = {"role": "assistant", "content": "多休息。", "reasoning_content": "先排除危险信号。"}

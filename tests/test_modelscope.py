@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import metrics_of
 
-from data.medical import SAMPLE
+from data.source import SAMPLE
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
