@@ -1,35 +1,40 @@
 """Checkpoints: saved whole or not at all, found, verified, loaded, pruned.
 
     checkpoints/step-00000400/state/        weights and optimizer (torch.distributed.checkpoint)
-                              rng-<rank>.pt random number generators of each process
                               trainer.json  TrainState, readable
-                              manifest.json size of every file
+                              manifest.json size and SHA-256 of every file
 
 A folder with that name is complete, for it is renamed into place last. Names that begin with a dot
-are leftovers and never read.
+are leftovers and never read. There is no state of random generators: each step seeds them.
 """
 
 import dataclasses
+import hashlib
 import json
-import os
-import random
+import pickle
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from loop.early_stopping import EarlyStopping
+from loop.run_folder import sync_folder, write_json
 
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-
-class RunError(Exception):
-    """The run cannot start or go on; the message says why and what to do."""
+# What writing can raise: OSError, torch's RuntimeError, safetensors' own, and torch.distributed.checkpoint's,
+# which is no Exception.
+WRITE_ERRORS = (Exception, CheckpointException)
 
 
 @dataclasses.dataclass
@@ -55,52 +60,67 @@ class TrainState:
         self.tokens_seen += metrics.num_think_tokens + metrics.num_answer_tokens
 
 
-def check_output_dir(output_dir: Path, resume: bool) -> None:
-    """Refuses a folder that holds a run, unless that run is to go on: nothing is ever overwritten."""
-    held = [name for name in ("checkpoints", "best", "metrics.jsonl") if (output_dir / name).exists()]
-    if held and not resume:
-        raise RunError(
-            f"{output_dir} already holds a run ({', '.join(held)}). Go on with it: --resume. "
-            "Start another one: --output-dir OTHER"
-        )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RunError(f"{output_dir} is a file; --output-dir names a folder")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
+class SaveError(Exception):
+    """Some rank could not write; raised on every rank alike, with nothing on disk changed."""
+
+
+def agree(accelerator: Accelerator, error: BaseException | None) -> None:
+    """Raises SaveError on every rank where one of them brings an error. All ranks."""
+    errors = gather_object([None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"])
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise SaveError(f"{message} (rank {rank})")
 
 
 def save_checkpoint(
     root: Path, accelerator: Accelerator, model, optimizer, state: TrainState, save_total_limit: int
 ) -> Path:
-    """Writes step-<step> under root, then removes the oldest beyond save_total_limit. All ranks."""
+    """Writes step-<step> under root, then removes the oldest beyond save_total_limit. All ranks.
+
+    Raises SaveError where any rank failed; the checkpoints there were stay as they are.
+    """
     folder = root / f"step-{state.step:08d}"
     temporary = root / f".tmp-{folder.name}"
+    rank, files = accelerator.process_index, {}
+    try:
+        error = None
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        except WRITE_ERRORS as failure:
+            error = failure
+        agree(accelerator, error)
+        weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
+        try:
+            dcp.save(
+                {"model": weights, "optimizer": optimizer_state},
+                checkpoint_id=temporary / "state",
+                no_dist=accelerator.num_processes == 1,
+            )
+            files = fingerprints(temporary, temporary.glob(f"state/__{rank}_*"))
+        except WRITE_ERRORS as failure:
+            error = failure
+        agree(accelerator, error)
+        parts = gather_object([files])
+        try:
+            if accelerator.is_main_process:
+                write_json(temporary / "trainer.json", dataclasses.asdict(state))
+                files = {name: value for part in parts for name, value in part.items()}
+                files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
+                write_json(temporary / "manifest.json", files)
+                sync_folder(temporary / "state")
+                temporary.rename(folder)
+                sync_folder(root)
+        except WRITE_ERRORS as failure:
+            error = failure
+        agree(accelerator, error)
+    except SaveError:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-
-    weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-    dcp.save(
-        {"model": weights, "optimizer": optimizer_state},
-        checkpoint_id=temporary / "state",
-        no_dist=accelerator.num_processes == 1,
-    )
-    with (temporary / f"rng-{accelerator.process_index}.pt").open("wb") as file:
-        torch.save(rng_state(accelerator), file)
-        sync(file)
-    accelerator.wait_for_everyone()
-
-    if accelerator.is_main_process:
-        write_json(temporary / "trainer.json", dataclasses.asdict(state))
-        write_json(temporary / "manifest.json", file_sizes(temporary))
-        if folder.exists():  # only one that failed verification can stand here
-            folder.rename(root / f".bad-{folder.name}-{os.urandom(4).hex()}")
-        temporary.rename(folder)
-        sync_folder(root)
-        for old in complete_checkpoints(root)[save_total_limit:]:
+        for old in checkpoints(root)[save_total_limit:]:
             trash = old.with_name(f".trash-{old.name}")
             old.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
@@ -108,75 +128,112 @@ def save_checkpoint(
     return folder
 
 
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Verified checkpoints under root, newest first."""
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under root, newest first; whether their bytes are sound only `verify` tells."""
     folders = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return [path for path in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True) if is_complete(path)]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def is_complete(folder: Path) -> bool:
+def newest_sound(root: Path) -> Path | None:
+    """The newest checkpoint whose bytes are those that were written. One rank alone.
+
+    Damaged ones are kept aside as .bad-step-<step>; what a kill left half done is removed.
+    """
+    for leftover in [*root.glob(".tmp-*"), *root.glob(".trash-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in checkpoints(root):
+        damage = verify(folder)
+        if damage is None:
+            return folder
+        aside, number = folder.with_name(f".bad-{folder.name}"), 1
+        while aside.exists():
+            aside, number = folder.with_name(f".bad-{folder.name}-{number}"), number + 1
+        folder.rename(aside)
+        print(f"warning: {folder.name} is damaged ({damage}); kept aside as {aside}", flush=True)
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads all of it, about 1 GB/s for each file."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest == {name: size for name, size in file_sizes(folder).items() if name != "manifest.json"}
-    except (OSError, ValueError):
-        return False
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+        if missing := set(manifest) ^ names:
+            return f"{min(missing)} is missing or does not belong there"
+        found = fingerprints(folder, [folder / name for name in manifest])
+        changed = [name for name in manifest if manifest[name] != found[name]]
+        return f"{changed[0]} has changed" if changed else None
+    except (OSError, ValueError, TypeError) as error:
+        return f"manifest.json: {error}"
 
 
-def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) -> TrainState:
-    """Restores model, optimizer and random generators in place and returns the state. All ranks."""
+def fingerprints(folder: Path, files) -> dict[str, list]:
+    """name -> [size in bytes, SHA-256]; hashing leaves the interpreter free, so files go in parallel."""
+
+    def fingerprint(path: Path) -> list:
+        sha256 = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                sha256.update(block)
+        return [path.stat().st_size, sha256.hexdigest()]
+
+    files = sorted(files)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip([str(path.relative_to(folder)) for path in files], pool.map(fingerprint, files), strict=True))
+
+
+def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
+    """Restores model and optimizer in place, whatever number of processes or strategy saved them. All ranks."""
     weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
     target = {"model": weights, "optimizer": optimizer_state}
-    dcp.load(target, checkpoint_id=folder / "state", no_dist=accelerator.num_processes == 1)
+    dcp.load(
+        target,
+        storage_reader=PlainReader(folder / "state"),
+        planner=PlainPlanner(),
+        no_dist=accelerator.num_processes == 1,
+    )
     set_state_dict(
         model,
         optimizer.optimizer,
         model_state_dict=target["model"],
         optim_state_dict=target["optimizer"],
     )
-    restore_rng(folder / f"rng-{accelerator.process_index}.pt", accelerator)
-    return read_state(folder)
 
 
 def read_state(folder: Path) -> TrainState:
-    fields = json.loads((folder / "trainer.json").read_text())
+    fields = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     return TrainState(**{**fields, "early_stopping": EarlyStopping(**fields["early_stopping"])})
 
 
-def rng_state(accelerator: Accelerator) -> dict:
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if accelerator.device.type != "cpu":
-        state["device"] = torch.get_device_module(accelerator.device).get_rng_state()
-    return state
+class PlainPlanner(DefaultLoadPlanner):
+    """Reads the values beside the tensors (betas, step counts) as data; torch's own planner unpickles anything."""
+
+    def load_bytes(self, read_item, value) -> None:
+        value = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
 
 
-def restore_rng(path: Path, accelerator: Accelerator) -> None:
-    """A rank that the saved run did not have keeps the generators it was seeded with."""
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        random.setstate(state["python"])
-        torch.set_rng_state(state["torch"])
-        if "device" in state and accelerator.device.type != "cpu":
-            torch.get_device_module(accelerator.device).set_rng_state(state["device"])
+class PlainReader(dcp.FileSystemReader):
+    """Reads .metadata, which is a pickle, as a description of tensors and nothing else."""
+
+    def read_metadata(self, *args, **kwargs):
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+class MetadataUnpickler(pickle.Unpickler):
+    """Admits the classes that describe tensors: https://docs.python.org/3/library/pickle.html#restricting-globals"""
 
-
-def write_json(path: Path, content: dict) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        sync(file)
-
-
-def sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last through a power cut, as fsync does for a file's bytes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    def find_class(self, module: str, name: str):
+        if (
+            module == "torch.distributed.checkpoint.metadata"
+            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
+            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+            or (module, name) == ("torch.serialization", "_get_layout")
+            or (module.startswith("pathlib") and name == "PosixPath")
+        ) and "." not in name:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a checkpoint does not hold {module}.{name}")

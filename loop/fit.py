@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from tqdm import tqdm
 
-from loop.checkpoint import RunError, TrainState, save_checkpoint
+from loop.checkpoint import SaveError, TrainState, save_checkpoint
 from loop.config import TrainConfig
 from loop.evaluate import evaluate, mean
+from loop.interrupt import Interrupt
 from loop.optimizer import lr_at
+from loop.run_folder import Diverged, RunError
 from loop.step import train_step
 from loop.tracking import Tracker
 

@@ -13,8 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
-from loop.checkpoint import RunError
 from loop.config import TrainConfig
+from loop.run_folder import RunError
 
 FINISH_SECONDS = 60  # an online finish waits for the network without end
 FAILURES_IN_A_ROW = 20
@@ -144,16 +144,19 @@ class Tracker:
                 warn("SwanLab is left out from here on")
                 self.run = None
 
-    def finish(self, error: str | None = None) -> None:
-        """Closes the record and ends the SwanLab run, waiting for the network a bounded time."""
+    def finish(self, state: str = "success", error: str | None = None) -> None:
+        """Closes the record and ends the SwanLab run (success, aborted, crashed) in a bounded time."""
         if self.file is None:
             return
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as failure:
+            warn(f"metrics.jsonl: {failure}")
         self.file = None
         if self.run is None:
             return
         run, self.run = self.run, None
-        outcome = {"state": "crashed", "error": error} if error else {}
+        outcome = {"state": state, "error": error} if error else {"state": state}
 
         def end():
             try:

@@ -1,0 +1,63 @@
+"""Asking a run to stop: SIGTERM, Ctrl+C, or a file named STOP in its folder."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEAT_SECONDS = 5  # a launcher may deliver one Ctrl+C twice
+
+
+class Interrupt:
+    """While entered, a signal only sets a flag; the loop asks for it after each step.
+
+    A second signal, some seconds after the first, ends the process at once.
+    """
+
+    def __init__(self, output_dir: Path):
+        self.stop_file = output_dir / "STOP"
+        self.signalled_at: float | None = None
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame) -> None:
+        now = time.monotonic()
+        if self.signalled_at is None:
+            self.signalled_at = now
+            message = b"\nstopping after this step, with a checkpoint; a second signal quits at once\n"
+            if os.environ.get("RANK", "0") == "0":
+                os.write(sys.stderr.fileno(), message)
+        elif now - self.signalled_at > REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank. All ranks."""
+        here = self.signalled_at is not None or (accelerator.is_main_process and self.stop_file.exists())
+        return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device)))
+
+
+def end_with_launcher() -> None:
+    """Has SIGTERM sent to this process when accelerate's one-process launcher dies, which forwards no signal.
+
+    Without it the training would go on as an orphan. Elsewhere a process may outlive its parent on purpose
+    (nohup), and launchers of several processes end them themselves.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched and sys.platform == "linux":
+        pr_set_pdeathsig, parent = 1, os.getppid()
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,114 @@
+"""The folder of a run: who may write to it, what it was made with, how it ended.
+
+    output_dir/run.json         what the run is; --resume refuses anything else
+               run_status.json  running, completed, early_stopped, interrupted, diverged or failed
+               .lock            held as long as the process lives
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+
+# Settings that name this launch or its record, cut the same rows another way, or only watch: free to change.
+FREE_SETTINGS = {
+    "output_dir", "resume", "dry_run", "swanlab_project", "run_name", "swanlab_mode", "logging_steps",
+    "save_steps", "save_total_limit", "per_device_eval_batch_size", "gradient_checkpointing",
+    "early_stopping_patience", "early_stopping_min_delta",
+    # The data is told by its tokens, so a file may move; the batch by its rows.
+    "dataset", "model", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+class RunError(Exception):
+    """The run cannot start or go on; the message says why and what to do."""
+
+    status = "failed"
+
+
+class Diverged(RunError):
+    status = "diverged"
+
+
+def claim(output_dir: Path, resume: bool):
+    """Refuses a folder that another process writes to, or that holds a run unless that run is to go on.
+
+    Returns the lock: it lasts until it is closed or the process is gone, whatever ended it.
+    """
+    held = [name for name in ("checkpoints", "best", "metrics.jsonl", "run.json") if (output_dir / name).exists()]
+    if held and not resume:
+        raise RunError(
+            f"{output_dir} already holds a run ({', '.join(held)}). Go on with it: --resume. "
+            "Start another one: --output-dir OTHER"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RunError(f"{output_dir} is a file; --output-dir names a folder")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir / ".lock").open("a+")
+    except OSError as error:
+        raise RunError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"another process is training in {output_dir}; wait for it, or choose --output-dir") from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def check_same_run(output_dir: Path, settings: dict) -> None:
+    """Writes run.json where there is none; raises RunError with every difference from the one there is."""
+    path = output_dir / "run.json"
+    if not path.exists():
+        if (output_dir / "checkpoints").exists():
+            raise RunError(f"{path} is gone, so nothing tells whether this is the same run; start with --output-dir OTHER")
+        write_json(path, settings)
+        return
+    was = read_run(output_dir)
+    names = [name for name in {**was, **settings} if name not in FREE_SETTINGS and not name.endswith("_version")]
+    changed = [f"{name}: {was.get(name)!r} -> {settings.get(name)!r}" for name in names if was.get(name) != settings.get(name)]
+    if changed:
+        raise RunError(
+            f"{output_dir} holds a run with other settings, so --resume cannot go on with it:\n  "
+            + "\n  ".join(changed)
+            + "\nLaunch it as it was, or start another run: --output-dir OTHER"
+        )
+
+
+def read_run(output_dir: Path) -> dict:
+    path = output_dir / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}; start another run: --output-dir OTHER") from error
+
+
+def write_status(output_dir: Path, status: str, **facts) -> None:
+    """Replaces run_status.json. A full disk must not hide how a run ended, so nothing is raised."""
+    with contextlib.suppress(OSError):
+        write_json(output_dir / "run_status.json", {"status": status, "pid": os.getpid(), **facts})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The whole file or the one before it, through a power cut too."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        sync(file)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last through a power cut, as fsync does for a file's bytes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
