@@ -1,5 +1,6 @@
 """Row -> Examples: token ids, and which of them are think and answer targets."""
 
+import hashlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -23,6 +24,15 @@ class Example(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def digest(examples: list[Example]) -> str:
+    """A hash of the tokens, of what is a target, and of their order: what training sees of the data."""
+    sha256 = hashlib.sha256()
+    for example in examples:
+        sha256.update(f"{len(example)},{example.prompt_length},{example.answer_start};".encode())
+        sha256.update(example.input_ids.numpy())
+    return sha256.hexdigest()[:16]
 
 
 def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[dict]]:

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from loop.early_stopping import EarlyStopping
 from loop.run_folder import sync_folder, write_json
+from loop.state import TrainState
 
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -35,29 +35,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # What writing can raise: OSError, torch's RuntimeError, safetensors' own, and torch.distributed.checkpoint's,
 # which is no Exception.
 WRITE_ERRORS = (Exception, CheckpointException)
-
-
-@dataclasses.dataclass
-class TrainState:
-    """Everything the loop knows beside weights, optimizer and random generators."""
-
-    early_stopping: EarlyStopping
-    run_id: str  # of SwanLab
-    step: int = 0  # completed optimizer steps, skipped ones among them
-    tokens_seen: int = 0  # target tokens
-    nonfinite_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    # Since the last row of train metrics, for its means; think and answer.
-    loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
-    num_targets: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
-
-    def record(self, metrics) -> None:
-        """Adds a `loop.step.StepMetrics`."""
-        self.loss_sums[0] += metrics.think_loss_sum
-        self.loss_sums[1] += metrics.answer_loss_sum
-        self.num_targets[0] += metrics.num_think_tokens
-        self.num_targets[1] += metrics.num_answer_tokens
-        self.tokens_seen += metrics.num_think_tokens + metrics.num_answer_tokens
 
 
 class SaveError(Exception):
@@ -198,11 +175,6 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
         model_state_dict=target["model"],
         optim_state_dict=target["optimizer"],
     )
-
-
-def read_state(folder: Path) -> TrainState:
-    fields = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return TrainState(**{**fields, "early_stopping": EarlyStopping(**fields["early_stopping"])})
 
 
 class PlainPlanner(DefaultLoadPlanner):

@@ -19,12 +19,15 @@ class EarlyStopping:
 
     def update(self, loss: float, step: int) -> bool:
         """Takes the evaluation loss after `step` steps; returns whether it is the lowest so far."""
-        best = float("inf") if self.best_loss is None else self.best_loss
-        self.patience_count = 0 if loss < best - self.min_delta else self.patience_count + 1
-        if loss < best:
+        progress = self.best_loss is None or loss < self.best_loss - self.min_delta
+        self.patience_count = 0 if progress and self.is_better(loss) else self.patience_count + 1
+        if self.is_better(loss):
             self.best_loss, self.best_step = loss, step
             return True
         return False
+
+    def is_better(self, loss: float) -> bool:
+        return loss < (float("inf") if self.best_loss is None else self.best_loss)
 
     @property
     def should_stop(self) -> bool:

@@ -1,6 +1,7 @@
 """The outer loop."""
 
 import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -8,19 +9,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, set_seed
 from tqdm import tqdm
 
-from loop.checkpoint import SaveError, TrainState, save_checkpoint
+from loop.checkpoint import SaveError, save_checkpoint
 from loop.config import TrainConfig
-from loop.evaluate import evaluate, mean
+from loop.evaluate import evaluate
 from loop.interrupt import Interrupt
 from loop.optimizer import lr_at
-from loop.run_folder import Diverged, RunError
+from loop.run_folder import RunError
+from loop.state import TrainState
 from loop.step import train_step
-from loop.tracking import Tracker
+from loop.tracking import Tracker, peak_memory_gib
 
-MAX_NONFINITE_IN_A_ROW = 3
+MAX_FAILED_SAVES_IN_A_ROW = 3
 
 
 def fit(
@@ -33,11 +35,13 @@ def fit(
     step_batch: Callable,  # step -> data.batches.StepBatch
     eval_batches: list[dict],
     max_steps: int,
-    export_best: Callable[[], None],  # all ranks
-) -> None:
-    """Trains from state.step until max_steps or early stopping; state is updated in place. All ranks.
+    export_best: Callable[[], None],  # all ranks; raises SaveError
+    interrupt: Interrupt,
+) -> str:
+    """Trains from state.step on, updating state in place, and returns how that ended. All ranks.
 
-    Raises RunError where the gradient norm stays non-finite; the last checkpoint is then intact.
+    completed, early_stopped, or interrupted with a checkpoint of the last step. Raises Diverged where
+    gradients stay non-finite and RunError where checkpoints cannot be written; older ones are then intact.
     """
     bar = tqdm(
         total=max_steps,
@@ -46,11 +50,14 @@ def fit(
         disable=None if accelerator.is_main_process else True,
     )
     seconds, num_tokens, num_steps = 0.0, 0, 0  # of the training since the last row of train metrics
+    stop, failed_saves = False, 0
     if state.step == 0:
         keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps)
 
-    while state.step < max_steps and not state.early_stopping.should_stop:
+    while state.step < max_steps and not state.early_stopping.should_stop and not stop:
         started = time.perf_counter()
+        # Dropout is a function of (seed, step, rank), so there is no state of generators to save.
+        set_seed(random.Random(f"{config.seed}/{state.step}/{accelerator.process_index}").getrandbits(32))
         batch = step_batch(state.step)
         micro_batches = send_to_device(batch.micro_batches, accelerator.device)
         lr = lr_at(
@@ -61,26 +68,21 @@ def fit(
             warmup_ratio=config.warmup_ratio,
         )
         metrics = train_step(model, optimizer, micro_batches, accelerator, lr, config.max_grad_norm or math.inf)
-        state.step += 1
+        state.record(metrics)
         seconds += time.perf_counter() - started
         num_tokens += batch.num_tokens
         num_steps += 1
-        if metrics.finite:
-            state.nonfinite_in_a_row = 0
-            state.record(metrics)
-        else:
-            skip_nonfinite(accelerator, state, batch.rows, metrics.grad_norm)
+        if not metrics.finite:
+            rows = ", ".join(batch.rows)
+            say(accelerator, f"step {state.step} skipped: gradient norm {metrics.grad_norm}; its rows: {rows}")
+            state.check_divergence(max_steps)
 
         def due(interval: int) -> bool:
             return state.step % interval == 0 or state.step == max_steps
 
         if due(config.logging_steps):
-            think, answer = state.loss_sums
-            num_think, num_answer = state.num_targets
             row = {
-                "train/loss": mean(think + answer, num_think + num_answer),
-                "train/think_loss": mean(think, num_think),
-                "train/answer_loss": mean(answer, num_answer),
+                **state.take_losses(),
                 "train/learning_rate": lr,
                 "train/grad_norm": metrics.grad_norm,
                 "train/epoch": batch.epoch,
@@ -94,23 +96,38 @@ def fit(
             bar.set_postfix(loss=f"{row['train/loss']:.4f}", lr=lr, tokens_per_s=row["perf/tokens_per_s"])
             if accelerator.is_main_process and bar.disable:  # no terminal: a log file reads lines, not a bar
                 print(f"step {state.step}/{max_steps}  {bar.postfix}", flush=True)
-            state.loss_sums, state.num_targets = [0.0, 0.0], [0, 0]
             seconds, num_tokens, num_steps = 0.0, 0, 0
         bar.update()
         if due(config.eval_steps):
             keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps)
-        if due(config.save_steps) or state.early_stopping.should_stop:
-            root = Path(config.output_dir) / "checkpoints"
-            save_checkpoint(root, accelerator, model, optimizer, state, config.save_total_limit)
+        stop = interrupt.requested(accelerator)
+        is_last = state.step == max_steps or state.early_stopping.should_stop or stop
+        if due(config.save_steps) or is_last:
+            try:
+                root = Path(config.output_dir) / "checkpoints"
+                save_checkpoint(root, accelerator, model, optimizer, state, config.save_total_limit)
+                failed_saves = 0
+            except SaveError as error:
+                failed_saves += 1
+                if is_last or failed_saves == MAX_FAILED_SAVES_IN_A_ROW:
+                    raise RunError(f"the checkpoint of step {state.step} could not be written: {error}") from error
+                say(accelerator, f"warning: no checkpoint at step {state.step}, training goes on: {error}")
     bar.close()
+    if state.early_stopping.should_stop:
+        return "early_stopped"
+    return "completed" if state.step >= max_steps else "interrupted"
 
 
 def keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps) -> None:
     """Evaluates, and exports the model where the loss is the lowest so far. All ranks."""
     metrics = evaluate(model, eval_batches, accelerator)
-    is_best = state.early_stopping.update(metrics.loss, state.step)
-    if is_best:
-        export_best()
+    try:
+        if state.early_stopping.is_better(metrics.loss):
+            export_best()
+        is_best = state.early_stopping.update(metrics.loss, state.step)
+    except SaveError as error:  # best_loss always is that of the model in best/
+        is_best = False
+        say(accelerator, f"warning: the best model of step {state.step} could not be written: {error}")
     row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
     best_loss = math.nan if state.early_stopping.best_loss is None else state.early_stopping.best_loss
     tracker.log({**row, "eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}, state.step)
@@ -122,25 +139,6 @@ def keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar
         )
 
 
-def skip_nonfinite(accelerator: Accelerator, state: TrainState, rows: list[str], grad_norm: float) -> None:
-    """Counts a step that updated nothing, names its rows, and gives up after too many in a row."""
-    state.nonfinite_steps += 1
-    state.nonfinite_in_a_row += 1
+def say(accelerator: Accelerator, message: str) -> None:
     if accelerator.is_main_process:
-        message = f"step {state.step} skipped, nothing updated: gradient norm {grad_norm}; its rows: {', '.join(rows)}"
         tqdm.write(message, file=sys.stderr)
-    if state.nonfinite_in_a_row > MAX_NONFINITE_IN_A_ROW:
-        raise RunError(
-            f"diverged: the gradient norm was not finite in {state.nonfinite_in_a_row} steps in a row, up to step "
-            f"{state.step}. Weights and checkpoints are intact. Try a lower --learning-rate, or look at the rows "
-            "named above"
-        )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at one time: by PyTorch on an accelerator, by the process on a CPU."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device.index) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -48,6 +48,10 @@ class Interrupt:
         here = self.signalled_at is not None or (accelerator.is_main_process and self.stop_file.exists())
         return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device)))
 
+    def done(self) -> None:
+        """Takes the STOP file away, or the next run would stop too. Any rank."""
+        self.stop_file.unlink(missing_ok=True)
+
 
 def end_with_launcher() -> None:
     """Has SIGTERM sent to this process when accelerate's one-process launcher dies, which forwards no signal.

@@ -1,15 +1,18 @@
 """The folder of a run: who may write to it, what it was made with, how it ended.
 
-    output_dir/run.json         what the run is; --resume refuses anything else
-               run_status.json  running, completed, early_stopped, interrupted, diverged or failed
-               .lock            held as long as the process lives
+output_dir/run.json         what the run is; --resume refuses anything else
+           run_status.json  running, completed, early_stopped, interrupted, diverged or failed
+           .lock            held as long as the process lives
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 from pathlib import Path
+
+from loop.config import TrainConfig
 
 # Settings that name this launch or its record, cut the same rows another way, or only watch: free to change.
 FREE_SETTINGS = {
@@ -19,6 +22,9 @@ FREE_SETTINGS = {
     # The data is told by its tokens, so a file may move; the batch by its rows.
     "dataset", "model", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
+
+
+TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
 
 class RunError(Exception):
@@ -36,7 +42,7 @@ def claim(output_dir: Path, resume: bool):
 
     Returns the lock: it lasts until it is closed or the process is gone, whatever ended it.
     """
-    held = [name for name in ("checkpoints", "best", "metrics.jsonl", "run.json") if (output_dir / name).exists()]
+    held = [name for name in TRAINED if (output_dir / name).exists()]
     if held and not resume:
         raise RunError(
             f"{output_dir} already holds a run ({', '.join(held)}). Go on with it: --resume. "
@@ -59,22 +65,44 @@ def claim(output_dir: Path, resume: bool):
 
 
 def check_same_run(output_dir: Path, settings: dict) -> None:
-    """Writes run.json where there is none; raises RunError with every difference from the one there is."""
+    """Writes run.json where nothing is trained yet; else raises RunError with every difference from it."""
     path = output_dir / "run.json"
-    if not path.exists():
-        if (output_dir / "checkpoints").exists():
-            raise RunError(f"{path} is gone, so nothing tells whether this is the same run; start with --output-dir OTHER")
-        write_json(path, settings)
-        return
+    if not any((output_dir / name).exists() for name in TRAINED):
+        return write_json(path, settings)
     was = read_run(output_dir)
     names = [name for name in {**was, **settings} if name not in FREE_SETTINGS and not name.endswith("_version")]
-    changed = [f"{name}: {was.get(name)!r} -> {settings.get(name)!r}" for name in names if was.get(name) != settings.get(name)]
+    changed = [
+        f"{name}: {was.get(name)!r} -> {settings.get(name)!r}" for name in names if was.get(name) != settings.get(name)
+    ]
     if changed:
         raise RunError(
             f"{output_dir} holds a run with other settings, so --resume cannot go on with it:\n  "
             + "\n  ".join(changed)
             + "\nLaunch it as it was, or start another run: --output-dir OTHER"
         )
+
+
+def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
+    """config with the gradient accumulation that gives this number of processes the run's global batch.
+
+    Unchanged where no run is there yet, or where the command line asks for another micro-batch than the run had;
+    `check_same_run` judges that. Raises RunError where the batch does not divide.
+    """
+    if not (Path(config.output_dir) / "run.json").exists():
+        return config
+    was = read_run(Path(config.output_dir))
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    asked_as_before = rows == was["per_device_train_batch_size"] * was["gradient_accumulation_steps"]
+    if rows * num_processes == was["rows_per_step"] or not asked_as_before:
+        return config
+    steps, rest = divmod(was["rows_per_step"], config.per_device_train_batch_size * num_processes)
+    if rest:
+        raise RunError(
+            f"the run has {was['rows_per_step']} rows a step, which --num_processes {num_processes} with "
+            f"--per-device-train-batch-size {config.per_device_train_batch_size} cannot share out; choose them, and "
+            f"--gradient-accumulation-steps, so that their product is {was['rows_per_step']}"
+        )
+    return dataclasses.replace(config, gradient_accumulation_steps=steps)
 
 
 def read_run(output_dir: Path) -> dict:

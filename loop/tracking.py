@@ -201,3 +201,14 @@ def newest(directory: Path) -> Path:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def peak_memory_gib(device) -> float:
+    """Most memory held at one time: by PyTorch on an accelerator, by the process on a CPU."""
+    if device.type != "cpu":
+        import torch
+
+        return torch.accelerator.max_memory_allocated(device.index) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -39,6 +39,10 @@ class SFTModel(nn.Module):
         losses = torch.cat(losses)
         return torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()])
 
+    def tie_weights(self) -> None:
+        """Called by accelerate, which ties the shards of FSDP2 anew."""
+        self.causal_lm.tie_weights()
+
     def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """hidden (n, hidden_size), target_ids (n,) -> (n,)"""
         logits = self.causal_lm.lm_head(hidden)
