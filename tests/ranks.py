@@ -1,0 +1,96 @@
+"""Whole runs of train.py in forked processes: one process, DDP or FSDP2 on a CPU, with faults put in."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# One server imports everything once; each rank is then a fork of it, ready in a tenth of a second.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "accelerate", "transformers", "train"]
+    + ["transformers.models.qwen3.modeling_qwen3", "loop.fit", "loop.samples", "loop.processes", "model.qwen3", "faults"]
+)
+
+
+class Outcome(NamedTuple):
+    codes: list[int]  # exit status of each rank; -9 where it was killed
+    output: str  # stdout and stderr of all ranks
+
+
+class Ranks:
+    """The processes of one launch."""
+
+    def __init__(self, args, strategy: str = "one", fault: str = "", log: Path | None = None, **env):
+        """strategy: one, ddp2, ddp3, ddp4, fsdp2 (two processes). fault: a call into faults.py, on every rank."""
+        world = {"one": 1, "ddp3": 3, "ddp4": 4}.get(strategy, 2)
+        variables = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
+        if world > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            variables |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        self.log = Path(log or os.devnull)
+        self.processes = []
+        for rank in range(world):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            job = (list(map(str, args)), strategy, fault, str(self.log), {**variables, **ranks, **env})
+            process = SERVER.Process(target=rank_main, args=job)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout: float = 120) -> Outcome:
+        """As a launcher does: when one rank fails the others are ended."""
+        end = time.monotonic() + timeout
+        while any(process.exitcode is None for process in self.processes):
+            failed = any(process.exitcode not in (None, 0) for process in self.processes)
+            if failed or time.monotonic() > end:
+                time.sleep(0.3 if failed else 0)  # ranks that fail alike may say so
+                self.kill()
+            time.sleep(0.01)
+        codes = [process.exitcode for process in self.processes]
+        assert time.monotonic() < end, f"hangs: {self.output()[-3000:]}"
+        return Outcome(codes, self.output())
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+
+def run(args, strategy: str = "one", fault: str = "", log: Path | None = None, **env) -> Outcome:
+    if log is not None:
+        Path(log).unlink(missing_ok=True)
+    return Ranks(args, strategy, fault, log, **env).wait()
+
+
+def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[str, str]) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    os.environ.update(env)
+    for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT"):
+        if name not in env:
+            os.environ.pop(name, None)
+    import torch
+
+    import faults
+    import train
+
+    torch.set_num_threads(1)
+    if strategy == "fsdp2":
+        faults.fsdp2_on_cpu()
+    if fault:
+        eval(fault, vars(faults))
+    train.main(args)
