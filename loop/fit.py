@@ -74,7 +74,10 @@ def fit(
         num_steps += 1
         if not metrics.finite:
             rows = ", ".join(batch.rows)
-            say(accelerator, f"step {state.step} skipped, nothing updated: gradient norm {metrics.grad_norm}; its rows: {rows}")
+            say(
+                accelerator,
+                f"step {state.step} skipped, nothing updated: gradient norm {metrics.grad_norm}; its rows: {rows}",
+            )
             state.check_divergence(max_steps)
 
         def due(interval: int) -> bool:

@@ -112,7 +112,7 @@ def load_model(model: str, tokenizer, gradient_checkpointing: bool):
     if gradient_checkpointing:
         # transformers renamed it after 5.17; both are non-reentrant by default.
         getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)()
-    return causal_lm
+    return causal_lm.train()  # from_pretrained leaves it without dropout
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

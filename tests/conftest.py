@@ -97,7 +97,3 @@ def jsonl(tmp_path):
 
 def good_row(index: int) -> dict:
     return {"question": f"第{index}个问题？", "think": f"先想第{index}步。\n", "answer": f"第{index}个回答。"}
-
-
-def metrics_of(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 # One server imports everything once; each rank is then a fork of it, ready in a tenth of a second.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "accelerate", "transformers", "train"]
-    + ["transformers.models.qwen3.modeling_qwen3", "loop.fit", "loop.samples", "loop.processes", "model.qwen3", "faults"]
-)
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.models.qwen3.modeling_qwen3",
+     "train", "loop.fit", "loop.samples", "loop.processes", "model.qwen3", "faults"]
+)  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -77,15 +77,15 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", line_buffering=True)
     os.environ.update(env)
     for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT"):
         if name not in env:
             os.environ.pop(name, None)
+    import faults
     import torch
 
-    import faults
     import train
 
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import metrics_of
+from runs import metrics_of
 
 from data.source import SAMPLE
 

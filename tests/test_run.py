@@ -2,21 +2,18 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, good_row, metrics_of
+from conftest import ROOT, good_row
+from runs import TIMES, curve, files_of, metrics_of
 
 from loop.checkpoint import checkpoints
 from model.generate import load_for_generation, reply_to
 
 SHORT = ["tiny", "--max-steps", "12", "--eval-steps", "4", "--save-steps", "4", "--logging-steps", "3"]
-TIMES = {"perf/tokens_per_s", "perf/step_time_s", "memory/peak_gib"}  # what no two runs share
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +25,6 @@ def finished(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
-
-
-def curve(out: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in metrics_of(out)]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def weights_and_moments(checkpoint: Path, tmp_path: Path) -> dict:
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    file = tmp_path / f"{checkpoint.parent.parent.name}.pt"
-    dcp_to_torch_save(checkpoint / "state", file)
-    return torch.load(file, weights_only=True)
-
-
-def assert_same(ours, theirs):
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
 
 
 def test_what_a_run_leaves(finished):
@@ -109,35 +79,6 @@ print(json.dumps([loss / count, g.eos_token_id, tokenizer.convert_tokens_to_ids(
     assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"} <= {
         path.name for path in (out / "best").iterdir()
     }
-
-
-def test_a_killed_run_resumes_to_the_same_bits(finished, train_py, tmp_path):
-    whole, _ = finished
-    out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *SHORT, "--output-dir", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (out / "checkpoints/step-00000004").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for folder in (out / "checkpoints").glob("step-*"):
-        if folder.name != "step-00000004":  # the machine was too quick: make it as the kill would have left it
-            shutil.rmtree(folder)
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "train/lo')
-    done = train_py(*SHORT, "--output-dir", out, "--resume")
-    assert "resumed from" in done.stdout and "step-00000004" in done.stdout
-    ours, theirs = (path / "checkpoints/step-00000012" for path in (out, whole))
-    assert_same(weights_and_moments(ours, tmp_path), weights_and_moments(theirs, tmp_path))
-    states = [json.loads((path / "trainer.json").read_text()) for path in (ours, theirs)]
-    assert states[0].pop("run_id") != states[1].pop("run_id") and states[0] == states[1]
-    assert curve(out) == curve(whole)
-    assert files_of(out / "best") == files_of(whole / "best")
-    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 def test_a_finished_run_is_neither_overwritten_nor_changed(finished, train_py):

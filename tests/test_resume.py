@@ -1,0 +1,108 @@
+"""Runs that are killed wherever it hurts, resumed, and compared with the run that nothing interrupted."""
+
+import pytest
+from ranks import run
+from runs import assert_same_end, status_of
+
+from loop.checkpoint import checkpoints, verify
+
+# 11 rows and 4 a step: windows of 4, 4 and 3 rows, so epochs end after steps 3, 6 and 9.
+ARGS = ["tiny", "--num-train-epochs", "3", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "1"]
+ARGS += ["--logging-steps", "2", "--max-length", "192", "--learning-rate", "0.01", "--early-stopping-patience", "0"]
+STRATEGIES = ["one", "ddp2", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory):
+    """A tiny model folder whose attention drops: generators matter then."""
+    import torch
+
+    from data.medical import load_split
+    from model.qwen3 import export, load_model, tiny_tokenizer
+
+    split = load_split("sample", "", 0.1, 42)
+    tokenizer = tiny_tokenizer(
+        m["content"] + m.get("reasoning_content", "") for row in split.train for m in row.messages
+    )
+    torch.manual_seed(1)
+    model = load_model("tiny", tokenizer, gradient_checkpointing=False)
+    model.config.attention_dropout = 0.1
+    folder = tmp_path_factory.mktemp("model") / "dropout"
+    export(model, model.state_dict(), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(with_dropout, tmp_path_factory):
+    """strategy -> the arguments without --output-dir"""
+    import json
+
+    from conftest import good_row
+
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
+    args = [*ARGS, "--dataset", rows, "--model", with_dropout]
+    return {name: [*args, "--gradient-accumulation-steps", 4 if name == "one" else 2] for name in STRATEGIES}
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """strategy -> the folder of a run that nothing interrupted"""
+    made = {}
+
+    def get(strategy: str):
+        if strategy not in made:
+            made[strategy] = tmp_path_factory.mktemp(strategy) / "whole"
+            outcome = run(
+                [*command[strategy], "--output-dir", made[strategy]], strategy, log=made[strategy].parent / "log"
+            )
+            assert set(outcome.codes) == {0}, outcome.output
+        return made[strategy]
+
+    return get
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_in_every_place_it_ends_with_the_same_bits(strategy, command, whole, tmp_path):
+    """One run, killed in the middle of an epoch, at its end, in the short last window and in epoch 2."""
+    args = [*command[strategy], "--output-dir", tmp_path / "run", "--resume"]
+    for step in (2, 3, 5, 7):  # completed when the kill strikes, in the backward of the next step
+        outcome = run(args, strategy, f"kill_in_step({step})", tmp_path / "log")
+        assert -9 in outcome.codes, outcome.output
+        assert checkpoints(tmp_path / "run/checkpoints")[0].name == f"step-{step:08d}"
+    outcome = run(args, strategy, log=tmp_path / "log")
+    assert set(outcome.codes) == {0} and "resumed from" in outcome.output, outcome.output
+    assert status_of(tmp_path / "run")["step"] == 9
+    assert_same_end(tmp_path / "run", whole(strategy))
+
+
+STAGES = [
+    "begin",
+    "shards",
+    "second_rank",
+    "before_rename",
+    "after_rename",
+    "pruning",
+    "export",
+    "export_renames",
+    "training",
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_kill_at_any_stage_of_a_save_leaves_a_complete_checkpoint(strategy, command, whole, tmp_path):
+    """The same run, killed at one stage after another; each time what is left is sound and the next start goes on."""
+    out = tmp_path / "run"
+    args = [*command[strategy], "--output-dir", out, "--resume"]
+    assert set(run(args, strategy, "signal_in_step(1)", tmp_path / "log").codes) == {0}
+    for stage in STAGES:
+        if stage == "second_rank" and strategy == "one":
+            continue
+        outcome = run(args, strategy, f"kill_at('{stage}')", tmp_path / "log")
+        assert -9 in outcome.codes, (stage, outcome.output)
+        assert "resumed from" in outcome.output, stage
+        sound = [folder for folder in checkpoints(out / "checkpoints") if verify(folder) is None]
+        assert sound == checkpoints(out / "checkpoints")[:3] and sound, stage
+    assert set(run(args, strategy, log=tmp_path / "log").codes) == {0}
+    assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert_same_end(out, whole(strategy))
