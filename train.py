@@ -34,6 +34,8 @@ def main(args: list[str] | None = None) -> None:
             run(config)
     except (HubError, DataError, ModelError, RunError) as error:
         refuse(str(error))
+    except OSError as error:  # a full disk, say; what was written before is whole
+        refuse(f"{error}; what is in {config.output_dir} is intact, go on with --resume")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None

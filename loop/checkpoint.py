@@ -26,15 +26,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from loop.run_folder import sync_folder, write_json
+from loop.run_folder import RunError, sync_folder, write_json
 from loop.state import TrainState
 
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-# What writing can raise: OSError, torch's RuntimeError, safetensors' own, and torch.distributed.checkpoint's,
+# What writing and reading can raise: OSError, torch's RuntimeError, safetensors' own, and torch.distributed.checkpoint's,
 # which is no Exception.
-WRITE_ERRORS = (Exception, CheckpointException)
+IO_ERRORS = (Exception, CheckpointException)
 
 
 class SaveError(Exception):
@@ -65,7 +65,7 @@ def save_checkpoint(
             if accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        except WRITE_ERRORS as failure:
+        except IO_ERRORS as failure:
             error = failure
         agree(accelerator, error)
         weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
@@ -76,7 +76,7 @@ def save_checkpoint(
                 no_dist=accelerator.num_processes == 1,
             )
             files = fingerprints(temporary, temporary.glob(f"state/__{rank}_*"))
-        except WRITE_ERRORS as failure:
+        except IO_ERRORS as failure:
             error = failure
         agree(accelerator, error)
         parts = gather_object([files])
@@ -89,7 +89,7 @@ def save_checkpoint(
                 sync_folder(temporary / "state")
                 temporary.rename(folder)
                 sync_folder(root)
-        except WRITE_ERRORS as failure:
+        except IO_ERRORS as failure:
             error = failure
         agree(accelerator, error)
     except SaveError:
@@ -160,15 +160,23 @@ def fingerprints(folder: Path, files) -> dict[str, list]:
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
-    """Restores model and optimizer in place, whatever number of processes or strategy saved them. All ranks."""
+    """Restores model and optimizer in place, whatever number of processes or strategy saved them. All ranks.
+
+    Raises RunError where the checkpoint is of another model, or holds what no checkpoint of a run holds.
+    """
     weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
     target = {"model": weights, "optimizer": optimizer_state}
-    dcp.load(
-        target,
-        storage_reader=PlainReader(folder / "state"),
-        planner=PlainPlanner(),
-        no_dist=accelerator.num_processes == 1,
-    )
+    try:
+        dcp.load(
+            target,
+            storage_reader=PlainReader(folder / "state"),
+            planner=PlainPlanner(),
+            no_dist=accelerator.num_processes == 1,
+        )
+    except IO_ERRORS as error:
+        causes = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        reason = " ".join(str(next(iter(causes))[0]).split())[:300]
+        raise RunError(f"cannot go on from {folder}: {reason}; is --model the one it was made with?") from error
     set_state_dict(
         model,
         optimizer.optimizer,

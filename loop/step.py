@@ -45,7 +45,7 @@ def train_step(
         with nullcontext() if is_last else accelerator.no_sync(model):
             part_sums = model(**micro_batch)  # (2,): summed cross-entropy of think, of answer
             # DDP and FSDP average gradients over ranks; the world size undoes that.
-            accelerator.backward(part_sums.sum() * (accelerator.num_processes / num_targets.sum()))
+            accelerator.backward(part_sums.sum() * (accelerator.num_processes / num_targets.sum().double()))
         loss_sums += part_sums.detach()
     loss_sums = accelerator.reduce(loss_sums)  # all ranks
 

@@ -1,5 +1,6 @@
 """What goes wrong in a rank of a test run; called by name before train.main."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -117,3 +118,146 @@ def kill_at(stage: str) -> None:
         kill_in_step(7)
     else:
         raise ValueError(stage)
+
+
+def at_step() -> list[int]:
+    """A list whose one number is that of the steps completed when the last update began."""
+    import loop.fit
+
+    now = [-1]
+    before(loop.fit, "lr_at", lambda: None, lambda at, **_: now.__setitem__(0, at))
+    return now
+
+
+def record_rows(folder: str) -> None:
+    """Every row that the model is given, as one line: the step (or -1 in an evaluation), its tokens, its targets."""
+    import json
+
+    import loop.fit
+    from model.loss import SFTModel
+
+    now, file = at_step(), open(Path(folder) / f"{rank()}.jsonl", "a", buffering=1)
+    before(loop.fit, "evaluate", lambda: now.__setitem__(0, -1))
+
+    def forward(self, **batch):
+        if batch["target_ids"].numel():
+            ends = batch["cu_seqlens"].tolist()
+            for start, end in itertools.pairwise(ends):
+                file.write(json.dumps([now[0], batch["input_ids"][0, start:end].tolist()]) + "\n")
+        return original(self, **batch)
+
+    original, SFTModel.forward = SFTModel.forward, forward
+
+
+def resave(folder: str) -> None:
+    """Saves what a resume has loaded, before any step is made, as another checkpoint."""
+    import loop.checkpoint as checkpoint
+    from loop.early_stopping import EarlyStopping
+    from loop.state import TrainState
+
+    load = checkpoint.load_checkpoint
+
+    def load_and_save(source, accelerator, model, optimizer):
+        load(source, accelerator, model, optimizer)
+        state = TrainState(EarlyStopping(0), "", step=int(source.name[5:]))
+        checkpoint.save_checkpoint(Path(folder), accelerator, model, optimizer, state, 99)
+
+    checkpoint.load_checkpoint = load_and_save
+
+
+def in_fp64() -> None:
+    """The model and all it computes in fp64: what is left of a difference is a mistake, not rounding."""
+    import transformers.models.qwen3.modeling_qwen3 as qwen3
+
+    import model.qwen3
+
+    def forward(self, hidden):
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * (variance + self.variance_epsilon).rsqrt())
+
+    qwen3.Qwen3RMSNorm.forward = forward
+    load = model.qwen3.load_model
+    model.qwen3.load_model = lambda *args: load(*args).double()
+
+
+def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
+    """The loss of one rank is NaN in the updates that follow so many steps, or in evaluations (0 is the first)."""
+    import loop.fit
+    from model.loss import SFTModel
+
+    now, count = at_step(), [-1]
+    before(loop.fit, "evaluate", lambda: (now.__setitem__(0, -1), count.__setitem__(0, count[0] + 1)))
+
+    def forward(self, **batch):
+        losses = original(self, **batch)
+        bad = now[0] in steps if self.training else count[0] in evaluations
+        return losses * float("nan") if bad and rank() == only_rank else losses
+
+    original, SFTModel.forward = SFTModel.forward, forward
+
+
+def kill_around_evaluation(step: int, moment: str) -> None:
+    """SIGKILL before the evaluation after `step` steps, once its loss is known, once it is exported, once logged."""
+    import loop.fit
+    from loop.early_stopping import EarlyStopping
+
+    now = [None]
+    before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+
+    def here(*_) -> bool:
+        return now[0] == step
+
+    if moment == "before":
+        before(loop.fit, "evaluate", kill, here)
+    elif moment == "evaluated":
+        after(loop.fit, "evaluate", kill, here)
+    elif moment == "exported":
+        after(EarlyStopping, "update", kill, here)
+    elif moment == "logged":
+        after(loop.fit, "keep_best", kill, here)
+    else:
+        raise ValueError(moment)
+
+
+def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") -> None:
+    """Writing a checkpoint (its shards, its manifest) or the best model raises on one rank at these steps."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    import loop.checkpoint
+    import loop.fit
+    import model.qwen3
+
+    raised = {
+        "OSError": OSError(28, "No space left on device"),
+        "RuntimeError": RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"),
+        "CheckpointException": CheckpointException("write", {0: (OSError(28, "No space left on device"), None)}),
+        "SafetensorError": SafetensorError("I/O error: No space left on device (os error 28)"),
+    }[error]
+    now = [None]
+    before(loop.fit, "save_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[4].step))
+    before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+
+    def fail():
+        raise raised
+
+    def here(*_) -> bool:
+        return now[0] in steps and rank() == only_rank
+
+    if where == "shards":
+        before(FileSystemWriter, "write_data", fail, here)
+    elif where == "manifest":
+        before(loop.checkpoint, "write_json", fail, here)
+    elif where == "export":
+        before(model.qwen3, "generation_config", fail, here)
+    else:
+        raise ValueError(where)
+
+
+def started_apart() -> None:
+    """The launcher says two processes, but this one knows nothing of the other."""
+    from accelerate.state import PartialState
+
+    PartialState(cpu=True)
+    os.environ["WORLD_SIZE"] = "2"

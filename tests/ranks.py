@@ -26,8 +26,8 @@ class Ranks:
     """The processes of one launch."""
 
     def __init__(self, args, strategy: str = "one", fault: str = "", log: Path | None = None, **env):
-        """strategy: one, ddp2, ddp3, ddp4, fsdp2 (two processes). fault: a call into faults.py, on every rank."""
-        world = {"one": 1, "ddp3": 3, "ddp4": 4}.get(strategy, 2)
+        """strategy: one, ddp<processes>, or fsdp2 (two processes). fault: a call into faults.py, on every rank."""
+        world = 1 if strategy == "one" else 2 if strategy == "fsdp2" else int(strategy.removeprefix("ddp"))
         variables = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
         if world > 1:
             with socket.socket() as free:

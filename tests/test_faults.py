@@ -1,0 +1,280 @@
+"""Everything that goes wrong but a kill: NaN, full disks, damaged files, second runs, other settings."""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import good_row
+from ranks import Ranks, run
+from runs import (
+    assert_same,
+    assert_same_end,
+    curve,
+    files_of,
+    metrics_of,
+    newest,
+    status_of,
+    trainer_of,
+    weights_and_moments,
+)
+
+from loop.checkpoint import checkpoints, newest_sound, verify
+from model.generate import load_for_generation
+
+# 11 rows and 4 a step: epochs of three steps.
+ARGS = ["tiny", "--max-steps", "8", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "1"]
+ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """strategy -> the arguments without --output-dir"""
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
+
+    def arguments(strategy: str, *more) -> list:
+        accumulation = 4 if strategy == "one" else 2
+        return [*ARGS, "--dataset", rows, "--gradient-accumulation-steps", accumulation, *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(command("one", "--output-dir", folder / "run"), log=folder / "log").codes == [0]
+    return folder / "run"
+
+
+# --- evaluation and early stopping ------------------------------------------------------------------
+
+
+def test_kills_around_every_evaluation_change_neither_best_nor_patience_nor_stop(command, tmp_path):
+    """A rate that ruins the model: the best is early, it is older than every checkpoint kept, and patience ends it."""
+    more = ["--learning-rate", "0.3", "--early-stopping-patience", "3", "--eval-steps", "1", "--max-steps", "40"]
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    assert run(command("one", *more, "--output-dir", straight), log=tmp_path / "log").codes == [0]
+    stopping, last = trainer_of(newest(straight))["early_stopping"], status_of(straight)["step"]
+    assert status_of(straight)["status"] == "early_stopped" and stopping["patience_count"] == 3
+    assert stopping["best_step"] == last - 3 < int(checkpoints(straight / "checkpoints")[-1].name[5:])
+    args = command("one", *more, "--output-dir", out, "--resume")
+    for step in range(last + 1):
+        for moment in ("before", "evaluated", "exported", "logged"):
+            outcome = run(args, "one", f"kill_around_evaluation({step}, {moment!r})", tmp_path / "log")
+            assert outcome.codes == [-9], (step, moment, outcome.output)
+    assert run(args, log=tmp_path / "log").codes == [0]
+    assert_same_end(out, straight)
+    before = files_of(out)
+    outcome = run(args, log=tmp_path / "log")
+    assert outcome.codes == [0] and "is finished" in outcome.output and files_of(out) == before
+
+
+# --- values that are not finite ---------------------------------------------------------------------
+
+
+def assert_finite(state) -> None:
+    for value in state.values() if isinstance(state, dict) else ():
+        assert_finite(value)
+    if isinstance(state, torch.Tensor):
+        assert state.isfinite().all()
+
+
+@pytest.mark.parametrize("strategy", ["one", "ddp2", "fsdp2"])
+def test_a_nan_on_one_rank_is_skipped_by_all(command, strategy, tmp_path):
+    out, only = tmp_path / "run", 0 if strategy == "one" else 1
+    args = command(strategy, "--output-dir", out, "--save-total-limit", "9")
+    outcome = run(args, strategy, f"nan_in(steps=[3], evaluations=[1], only_rank={only})", tmp_path / "log")
+    assert set(outcome.codes) == {0} and "step 4 skipped" in outcome.output, outcome.output
+    states = {int(path.name[5:]): weights_and_moments(path) for path in checkpoints(out / "checkpoints")}
+    assert_same(states[4], states[3])
+    assert_finite(states[8])
+    assert (
+        states[8]["model"]["causal_lm.model.norm.weight"] != states[4]["model"]["causal_lm.model.norm.weight"]
+    ).any()
+    assert trainer_of(newest(out))["nonfinite_steps"] == 1
+    losses = {row["step"]: row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row}
+    assert losses[2] == "nan" and sorted(losses) == [0, 2, 4, 6, 8]
+    del losses[2]
+    status = status_of(out)
+    assert status["status"] == "completed" and status["best_loss"] == min(losses.values())
+    assert losses[status["best_step"]] == status["best_loss"]
+
+
+@pytest.mark.parametrize("strategy", ["one", "ddp2", "fsdp2"])
+@pytest.mark.parametrize(("steps", "ends_after"), [([3, 4, 5, 6], 7), ([1, 2, 4, 6], 7)], ids=["in a row", "in all"])
+def test_too_many_nans_end_the_run_as_diverged(command, strategy, steps, ends_after, tmp_path):
+    """Four in a row, or four in all of a short run; the last checkpoint has the weights before and is intact."""
+    out = tmp_path / "run"
+    args = command(strategy, "--output-dir", out)
+    outcome = run(args, strategy, f"nan_in(steps={steps})", tmp_path / "log")
+    assert set(outcome.codes) == {2} and "Traceback" not in outcome.output, outcome.output
+    assert "diverged" in outcome.output and "--learning-rate" in outcome.output
+    status = status_of(out)
+    assert (status["status"], status["step"]) == ("diverged", ends_after)
+    assert newest(out).name == f"step-{ends_after - 1:08d}" and verify(newest(out)) is None
+    assert_finite(weights_and_moments(newest(out)))
+    load_for_generation(out / "best", torch.device("cpu"))
+
+
+def test_without_one_finite_evaluation_there_is_no_best_model(command, tmp_path):
+    args = command("one", "--output-dir", tmp_path / "run")
+    outcome = run(args, "one", "nan_in(evaluations=range(99))", tmp_path / "log")
+    assert outcome.codes == [0] and "no evaluation with a finite loss" in outcome.output
+    assert not (tmp_path / "run/best").exists() and status_of(tmp_path / "run")["best_loss"] is None
+
+
+# --- disks --------------------------------------------------------------------------------------------
+
+FAILURES = [
+    ("one", "OSError", 0, "shards"),
+    ("one", "RuntimeError", 0, "shards"),
+    ("ddp2", "CheckpointException", 1, "shards"),
+    ("ddp2", "OSError", 0, "manifest"),
+    ("fsdp2", "RuntimeError", 1, "shards"),
+    ("one", "SafetensorError", 0, "export"),
+    ("ddp2", "OSError", 0, "export"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "error", "rank", "where"), FAILURES)
+def test_a_failed_write_is_said_and_training_goes_on(command, strategy, error, rank, where, tmp_path):
+    out = tmp_path / "run"
+    args = command(strategy, "--output-dir", out, "--save-total-limit", "9")
+    steps = (4,) if where == "export" else (4, 5)
+    outcome = run(args, strategy, f"write_fails({error!r}, {steps}, {rank}, {where!r})", tmp_path / "log")
+    assert set(outcome.codes) == {0} and "Traceback" not in outcome.output, outcome.output
+    kept = [int(path.name[5:]) for path in checkpoints(out / "checkpoints")]
+    assert all(verify(path) is None for path in checkpoints(out / "checkpoints"))
+    if where == "export":
+        assert "warning: the best model of step 4 could not be written" in outcome.output
+        assert kept == [8, 7, 6, 5, 4, 3, 2, 1] and trainer_of(newest(out))["early_stopping"]["best_step"] > 4
+    else:
+        assert "warning: no checkpoint at step 4, training goes on" in outcome.output
+        assert f"(rank {rank})" in outcome.output and kept == [8, 7, 6, 3, 2, 1]
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("steps", [(8,), (4, 5, 6)], ids=["the last one", "three in a row"])
+@pytest.mark.parametrize(("strategy", "rank"), [("one", 0), ("ddp2", 1), ("fsdp2", 1)])
+def test_a_checkpoint_that_must_be_written_and_is_not_ends_the_run(command, strategy, rank, steps, tmp_path):
+    out = tmp_path / "run"
+    args = command(strategy, "--output-dir", out)
+    outcome = run(args, strategy, f"write_fails('OSError', {steps}, {rank})", tmp_path / "log")
+    assert set(outcome.codes) == {2} and "Traceback" not in outcome.output, outcome.output
+    assert "could not be written" in outcome.output and "No space left" in outcome.output
+    assert status_of(out)["status"] == "failed"
+    assert newest(out).name == f"step-{steps[0] - 1:08d}" and verify(newest(out)) is None
+    assert set(run([*args, "--resume"], strategy, log=tmp_path / "log").codes) == {0}
+    assert status_of(out)["status"] == "completed"
+
+
+def test_a_full_disk(command, whole, tmp_path):
+    """A file system of 36 MB, on which two checkpoints of 12 MB and the best model find room, a third does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=36m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        args = command("one", "--output-dir", disk / "run")
+        outcome = run(args, log=tmp_path / "log")
+        assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
+        assert "No space left" in outcome.output and "warning: no checkpoint at step 3" in outcome.output
+        assert [path.name for path in checkpoints(disk / "run/checkpoints")] == ["step-00000002", "step-00000001"]
+        assert all(verify(path) is None for path in checkpoints(disk / "run/checkpoints"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert run([*args, "--resume"], log=tmp_path / "log").codes == [0]
+        assert_same_end(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def delete(path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, delete])
+def test_any_damage_is_noticed_and_the_checkpoint_before_it_taken(whole, damage, tmp_path, capsys):
+    good, names = newest(whole), sorted(str(p.relative_to(newest(whole))) for p in newest(whole).rglob("*.*"))
+    assert {"manifest.json", "trainer.json", "state/.metadata"} < set(names)
+    for number, name in enumerate(names):
+        root = tmp_path / str(number)
+        shutil.copytree(whole / "checkpoints", root)
+        damage(root / good.name / name)
+        left = files_of(root / good.name)
+        assert newest_sound(root) == root / "step-00000007", name
+        assert files_of(root / f".bad-{good.name}") == left
+        said = capsys.readouterr().out
+        assert f"{good.name} is damaged" in said and f".bad-{good.name}" in said
+        assert newest_sound(root) == root / "step-00000007"
+
+
+def test_a_damaged_run_ends_as_an_undamaged_one(command, whole, tmp_path):
+    out = tmp_path / "run"
+    args = command("one", "--output-dir", out, "--resume")
+    assert run(args, "one", "kill_in_step(6)", tmp_path / "log").codes == [-9]
+    flip(next(newest(out).rglob("*.distcp")))
+    outcome = run(args, log=tmp_path / "log")
+    assert outcome.codes == [0] and "resumed from" in outcome.output and "step-00000005" in outcome.output
+    assert (out / "checkpoints/.bad-step-00000006").is_dir()
+    assert_same_end(out, whole)
+
+
+# --- launches and settings that do not fit ------------------------------------------------------------
+
+
+def refused(outcome, *wanted) -> None:
+    assert set(outcome.codes) == {2} and "Traceback" not in outcome.output, outcome.output
+    for text in wanted:
+        assert text in outcome.output, outcome.output
+
+
+def test_other_settings_are_refused_with_every_difference(command, whole, tmp_path):
+    before = files_of(whole)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(good_row(i + 1)) + "\n" for i in range(16)), encoding="utf-8")
+    args = command("one", "--output-dir", whole, "--resume")
+    changes = ["--seed", "7", "--learning-rate", "0.001", "--gradient-accumulation-steps", "3", "--max-steps", "9"]
+    outcome = run([*args, *changes, "--dataset", other], log=tmp_path / "log")
+    expected = ["seed: 42 -> 7", "learning_rate: 0.003 -> 0.001", "max_steps: 8 -> 9", "rows_per_step: 4 -> 3"]
+    refused(outcome, *expected, "train_rows: ", "--output-dir OTHER")
+    assert files_of(whole) == before
+    moved = tmp_path / "moved.jsonl"  # the same rows under another name are the same data
+    shutil.copy(args[args.index("--dataset") + 1], moved)
+    assert "is finished" in run([*args, "--dataset", moved], log=tmp_path / "log").output
+
+
+def test_wrong_launches_are_refused(command, tmp_path):
+    out = tmp_path / "run"
+    args = command("one", "--output-dir", out)
+    refused(run(args, "one", "started_apart()", tmp_path / "log"), "2 processes", "--num_processes")
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    refused(run(args, "ddp2", "", tmp_path / "log", **fsdp), "asked for FSDP, but it is not active")
+    assert {path.name for path in out.iterdir()} == {".lock"}
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(command, whole, tmp_path):
+    out = tmp_path / "run"
+    first = Ranks(command("one", "--output-dir", out), log=tmp_path / "first")
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    refused(run(command("one", "--output-dir", out, "--resume"), log=tmp_path / "log"), "another process is training")
+    assert first.wait().codes == [0]
+    assert_same_end(out, whole)
+    assert curve(out) == curve(whole)
