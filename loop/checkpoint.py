@@ -32,8 +32,8 @@ from loop.state import TrainState
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-# What writing and reading can raise: OSError, torch's RuntimeError, safetensors' own, and torch.distributed.checkpoint's,
-# which is no Exception.
+# What writing and reading can raise: OSError, torch's RuntimeError, safetensors' own, and that of
+# torch.distributed.checkpoint, which is no Exception.
 IO_ERRORS = (Exception, CheckpointException)
 
 
@@ -43,10 +43,16 @@ class SaveError(Exception):
 
 def agree(accelerator: Accelerator, error: BaseException | None) -> None:
     """Raises SaveError on every rank where one of them brings an error. All ranks."""
-    errors = gather_object([None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"])
-    for rank, message in enumerate(errors):
+    for message in gather_object([None if error is None else reason(error, accelerator.process_index)]):
         if message is not None:
-            raise SaveError(f"{message} (rank {rank})")
+            raise SaveError(message)
+
+
+def reason(error: BaseException, rank: int) -> str:
+    """What went wrong, and on which rank: torch.distributed.checkpoint wraps the errors of all of them."""
+    while isinstance(error, CheckpointException):
+        rank, (error, _) = next(iter(error.failures.items()))
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (rank {rank})"
 
 
 def save_checkpoint(
@@ -174,9 +180,8 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
             no_dist=accelerator.num_processes == 1,
         )
     except IO_ERRORS as error:
-        causes = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-        reason = " ".join(str(next(iter(causes))[0]).split())[:300]
-        raise RunError(f"cannot go on from {folder}: {reason}; is --model the one it was made with?") from error
+        why = reason(error, accelerator.process_index)
+        raise RunError(f"cannot go on from {folder}: {why}; is --model the one it was made with?") from error
     set_state_dict(
         model,
         optimizer.optimizer,

@@ -136,14 +136,15 @@ def record_rows(folder: str) -> None:
     import loop.fit
     from model.loss import SFTModel
 
-    now, file = at_step(), open(Path(folder) / f"{rank()}.jsonl", "a", buffering=1)
+    now, path = at_step(), Path(folder) / f"{rank()}.jsonl"
     before(loop.fit, "evaluate", lambda: now.__setitem__(0, -1))
 
     def forward(self, **batch):
         if batch["target_ids"].numel():
             ends = batch["cu_seqlens"].tolist()
-            for start, end in itertools.pairwise(ends):
-                file.write(json.dumps([now[0], batch["input_ids"][0, start:end].tolist()]) + "\n")
+            with path.open("a") as file:
+                for start, end in itertools.pairwise(ends):
+                    file.write(json.dumps([now[0], batch["input_ids"][0, start:end].tolist()]) + "\n")
         return original(self, **batch)
 
     original, SFTModel.forward = SFTModel.forward, forward

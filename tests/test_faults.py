@@ -202,7 +202,7 @@ def flip(path) -> None:
 
 
 def truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 def delete(path) -> None:
