@@ -98,10 +98,12 @@ def save_checkpoint(
         except IO_ERRORS as failure:
             error = failure
         agree(accelerator, error)
-    except SaveError:
+    except SaveError as error:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        # A full disk may come to light as some other error of a writer.
+        free = shutil.disk_usage(root.parent).free / 1e9
+        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}") from error
     if accelerator.is_main_process:
         for old in checkpoints(root)[save_total_limit:]:
             trash = old.with_name(f".trash-{old.name}")
