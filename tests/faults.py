@@ -233,7 +233,9 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     raised = {
         "OSError": OSError(28, "No space left on device"),
         "RuntimeError": RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"),
-        "CheckpointException": CheckpointException("write", {only_rank: (OSError(28, "No space left on device"), None)}),
+        "CheckpointException": CheckpointException(
+            "write", {only_rank: (OSError(28, "No space left on device"), None)}
+        ),
         "SafetensorError": SafetensorError("I/O error: No space left on device (os error 28)"),
     }[error]
     now = [None]

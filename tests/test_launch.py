@@ -1,0 +1,153 @@
+"""Real launchers: signals, two processes, two nodes, the configuration files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, good_row
+from ranks import run
+from runs import assert_same_end, metrics_of, status_of
+
+ARGS = ["tiny", "--max-steps", "300", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
+ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4"]
+TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
+    return [*ARGS, "--dataset", rows]
+
+
+class Launch:
+    """`accelerate launch ... train.py ...` in a process group of its own."""
+
+    def __init__(self, launcher: list, args: list, log):
+        self.log = log
+        self.out = args[args.index("--output-dir") + 1]
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "accelerate.commands.launch", *launcher, "train.py", *map(str, args)],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def wait_for_step(self, step: int) -> None:
+        end = time.monotonic() + 90
+        while time.monotonic() < end and self.process.poll() is None:
+            lines = (self.out / "metrics.jsonl").read_bytes().splitlines() if self.trains() else []
+            if lines and json.loads(lines[-1] if lines[-1].endswith(b"}") else lines[-2])["step"] >= step:
+                return
+            time.sleep(0.02)
+        raise AssertionError(self.log.read_text())
+
+    def trains(self) -> bool:
+        """Whether the run that the folder tells of is one of this launcher's."""
+        try:
+            status = status_of(self.out)
+        except (OSError, ValueError):
+            return False
+        workers = {process.pid for process in self.workers()}
+        return status["status"] == "running" and status["pid"] in workers
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait(self, workers: list[psutil.Process]) -> None:
+        """Until launcher and workers are gone; none may go on training."""
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        assert not alive, self.log.read_text()
+        assert "Traceback" not in self.log.read_text().split("stopping after this step")[0]
+
+    def interrupted_at(self, step: int, interrupt) -> int:
+        """Has interrupt() end it after `step` steps; returns how far it came."""
+        self.wait_for_step(step)
+        workers = self.workers()
+        interrupt()
+        self.wait(workers)
+        status = status_of(self.out)
+        assert status["status"] == "interrupted" and step <= status["step"] < 300, self.log.read_text()
+        assert (self.out / f"checkpoints/step-{status['step']:08d}").is_dir()
+        return status["step"]
+
+
+def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_path):
+    """SIGTERM to the launcher, which forwards none and would leave an orphan; Ctrl+C; a STOP file."""
+    out = tmp_path / "run"
+    args = [*command, "--output-dir", out, "--resume"]
+    launch = Launch(["--num_processes", "1"], args, tmp_path / "log")
+    step = launch.interrupted_at(5, lambda: launch.process.terminate())
+    launch = Launch(["--num_processes", "1"], args, tmp_path / "log")
+    step = launch.interrupted_at(step + 5, lambda: os.killpg(launch.process.pid, signal.SIGINT))
+    launch = Launch(["--num_processes", "1"], args, tmp_path / "log")
+    launch.interrupted_at(step + 5, (out / "STOP").touch)
+    assert launch.process.returncode == 0 and not (out / "STOP").exists()
+    assert run(args, log=tmp_path / "end").codes == [0]
+    args[args.index(out)] = tmp_path / "whole"
+    assert run(args, log=tmp_path / "end").codes == [0]
+    assert_same_end(out, tmp_path / "whole")
+
+
+def test_two_processes_stop_with_a_checkpoint_however_they_are_asked(command, tmp_path):
+    """A signal to one rank, and to the launcher, which passes it on to both."""
+    out = tmp_path / "run"
+    args = [*command, "--gradient-accumulation-steps", "2", "--output-dir", out, "--resume"]
+    launch = Launch(TWO, args, tmp_path / "log")
+
+    def end_one_rank() -> None:
+        (other,) = [worker for worker in launch.workers() if worker.environ().get("RANK") == "1"]
+        other.terminate()
+
+    step = launch.interrupted_at(5, end_one_rank)
+    assert launch.process.returncode == 0
+    launch = Launch(TWO, args, tmp_path / "log")
+    launch.interrupted_at(step + 5, lambda: launch.process.terminate())
+    assert set(run(args, "ddp2", log=tmp_path / "end").codes) == {0}
+    args[args.index(out)] = tmp_path / "whole"
+    assert set(run(args, "ddp2", log=tmp_path / "end").codes) == {0}
+    assert_same_end(out, tmp_path / "whole")
+
+
+def test_two_nodes_train_one_model(command, tmp_path):
+    """Two launchers of one process each, as on two machines that share a folder."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = [*command, "--gradient-accumulation-steps", "2", "--max-steps", "20", "--output-dir"]
+    nodes = [
+        Launch(
+            ["--config_file", "loop/launch/ddp.yaml", "--num_machines", "2", "--num_processes", "2", "--machine_rank",
+             str(node), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--rdzv_backend", "static"],
+            [*args, tmp_path / "run"],
+            tmp_path / f"log-{node}",
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    assert [node.process.wait(120) for node in nodes] == [0, 0], nodes[0].log.read_text() + nodes[1].log.read_text()
+    assert set(run([*args, tmp_path / "whole"], "ddp2", log=tmp_path / "end").codes) == {0}
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert len(metrics_of(tmp_path / "run")) == 22
+
+
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "multi_node.yaml"])
+def test_fsdp_without_gpus_is_refused_by_name(command, file, tmp_path):
+    """The files reach train.py as FSDP2; where it cannot be had nothing else is trained instead."""
+    launcher = ["--config_file", f"loop/launch/{file}", "--num_processes", "1", "--num_machines", "1"]
+    launch = Launch(launcher, [*command, "--output-dir", tmp_path / "run"], tmp_path / "log")
+    assert launch.process.wait(90) != 0
+    assert "asked for FSDP, but it is not active" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
