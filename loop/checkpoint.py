@@ -174,10 +174,12 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
     """
     weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
     target = {"model": weights, "optimizer": optimizer_state}
+    reader = PlainReader(folder / "state")
     try:
+        reader.read_metadata()  # once more, because dcp.load prints a traceback where this fails
         dcp.load(
             target,
-            storage_reader=PlainReader(folder / "state"),
+            storage_reader=reader,
             planner=PlainPlanner(),
             no_dist=accelerator.num_processes == 1,
         )

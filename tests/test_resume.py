@@ -1,7 +1,13 @@
 """Runs that are killed wherever it hurts, resumed, and compared with the run that nothing interrupted."""
 
+import os
+import random
+import shutil
+import signal
+import time
+
 import pytest
-from ranks import run
+from ranks import Ranks, run
 from runs import assert_same_end, status_of
 
 from loop.checkpoint import checkpoints, verify
@@ -106,3 +112,36 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_complete_checkpoint(strategy, co
     assert set(run(args, strategy, log=tmp_path / "log").codes) == {0}
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
     assert_same_end(out, whole(strategy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "kills"), [("one", 40), ("ddp2", 30), ("fsdp2", 30)])
+def test_random_kills(strategy, kills, command, whole, tmp_path):
+    """SIGKILL to one rank or all at a random moment; a run that gets to its end is compared, and another one begun."""
+    chance = random.Random(f"{strategy} {kills}")
+    killed, finished, number = 0, 0, 0
+    seconds = []
+    while killed < kills:
+        out = tmp_path / str(number)
+        ranks = Ranks([*command[strategy], "--output-dir", out, "--resume"], strategy, log=tmp_path / "log")
+        end = time.monotonic() + chance.uniform(0.5, 1.2 * (max(seconds, default=4)))
+        started = time.monotonic()
+        while time.monotonic() < end and any(process.exitcode is None for process in ranks.processes):
+            time.sleep(0.005)
+        alive = [process for process in ranks.processes if process.exitcode is None]
+        if alive:
+            killed += 1
+            doomed = alive if chance.random() < 0.5 else [chance.choice(alive)]
+            for process in doomed:
+                os.kill(process.pid, signal.SIGKILL)
+            ranks.wait()
+        else:
+            assert set(ranks.wait().codes) == {0}, ranks.output()
+            seconds.append(time.monotonic() - started)
+            assert_same_end(out, whole(strategy))
+            shutil.rmtree(out)
+            finished, number = finished + 1, number + 1
+        assert all(verify(folder) is None for folder in checkpoints(out / "checkpoints"))
+    assert set(run([*command[strategy], "--output-dir", out, "--resume"], strategy).codes) == {0}
+    assert_same_end(out, whole(strategy))
+    print(f"{strategy}: {killed} kills, {finished + 1} runs that ended alike")
