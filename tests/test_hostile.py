@@ -40,8 +40,8 @@ TEXT = st.one_of(
     st.text(alphabet=st.characters(), max_size=20),  # halves of characters too
     st.lists(
         st.sampled_from(
-            ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<tool_call>", "<|x|>", "<|im_", "end|>",
-             "\x00", "\u2028", "\ufeff", "\n", " ", "../../etc/passwd", "{{ 7*7 }}", "{% raw %}", "医", "👩\u200d⚕️"]
+            ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<tool_call>", "<|x|>", "<|im_",
+             "end|>", "\x00", "\u2028", "\ufeff", "\n", " ", "../../etc/passwd", "{{ 7*7 }}", "{% raw %}", "医", "👩\u200d⚕️"]
         ),
         max_size=6,
     ).map("".join),
@@ -228,10 +228,8 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(place, tmp_path):
         (folder / "state/.metadata").write_bytes(pickle.dumps(Evil(trace)))
     else:
         state = weights_and_moments(folder)
-        state["optimizer"]["param_groups"] = {
-            name: Evil(trace) if name.endswith("betas") else value
-            for name, value in state["optimizer"]["param_groups"].items()
-        }
+        for group in state["optimizer"]["param_groups"]:
+            group["betas"] = Evil(trace)
         shutil.rmtree(folder / "state")
         dcp.save(state, checkpoint_id=folder / "state", no_dist=True)
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
