@@ -7,28 +7,21 @@ from pathlib import Path
 
 
 def fsdp2_on_cpu() -> None:
-    """accelerate refuses FSDP without an accelerator; told it has one, it shards on the CPU with gloo."""
-    import accelerate
+    """What the launcher makes of fsdp2.yaml, on a CPU with gloo.
+
+    accelerate refuses FSDP without an accelerator, so it is told that it has one.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
-    import loop.processes
-
+    file = Path(__file__).parent.parent / "loop/launch/fsdp2.yaml"
+    asked = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(asked)[0])
+    os.environ |= {name: value for name, value in environment.items() if "FSDP" in name}
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    def make(**kwargs):
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
-            reshard_after_forward=True,
-            cpu_ram_efficient_loading=False,
-            state_dict_type="SHARDED_STATE_DICT",
-        )
-        return accelerate.Accelerator(**kwargs, fsdp_plugin=plugin)
-
-    loop.processes.Accelerator = make
 
 
 def kill() -> None:

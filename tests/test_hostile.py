@@ -41,7 +41,8 @@ TEXT = st.one_of(
     st.lists(
         st.sampled_from(
             ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<tool_call>", "<|x|>", "<|im_",
-             "end|>", "\x00", "\u2028", "\ufeff", "\n", " ", "../../etc/passwd", "{{ 7*7 }}", "{% raw %}", "医", "👩\u200d⚕️"]
+             "end|>", "\x00", "\u2028", "\ufeff", "\n", " ", "../../etc/passwd", "{{ 7*7 }}", "{% raw %}", "医",
+             "👩\u200d⚕️"]
         ),
         max_size=6,
     ).map("".join),
