@@ -151,3 +151,28 @@ def test_fsdp_without_gpus_is_refused_by_name(command, file, tmp_path):
     assert launch.process.wait(90) != 0
     assert "asked for FSDP, but it is not active" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_the_memory_table_of_the_readme():
+    """16 bytes a parameter, of models that are built from their real shapes, without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    shapes = {
+        "1.7B": (2048, 28, 16, 6144, True),
+        "4B": (2560, 36, 32, 9728, True),
+        "8B": (4096, 36, 32, 12288, False),
+        "14B": (5120, 40, 40, 17408, False),
+    }
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        for name, (hidden, layers, heads, intermediate, tied) in shapes.items():
+            config = Qwen3Config(
+                vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=8, head_dim=128, intermediate_size=intermediate, tie_word_embeddings=tied,
+            )  # fmt: skip
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            sizes = " | ".join(f"{16 * count / ranks / 2**30:.1f}" for ranks in (1, 2, 4, 8, 16))
+            assert f"| Qwen3-{name} | {count:,} | {sizes} |" in text, (readme, name, count, sizes)
