@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before torch is imported: two threads a process, nobody's SwanLab account, no hub.
-os.environ |= {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# Before torch is imported: one thread a process, nobody's SwanLab account, no hub.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"ACCELERATE_USE_CPU": "true", "SWANLAB_MODE": "disabled", "NO_COLOR": "1"}
 for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
     os.environ.pop(name, None)

@@ -13,7 +13,7 @@ from conftest import ROOT, good_row
 from ranks import run
 from runs import assert_same_end, metrics_of, status_of
 
-ARGS = ["tiny", "--max-steps", "300", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
+ARGS = ["tiny", "--max-steps", "160", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4"]
 TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
 
@@ -78,7 +78,7 @@ class Launch:
         interrupt()
         self.wait(workers)
         status = status_of(self.out)
-        assert status["status"] == "interrupted" and step <= status["step"] < 300, self.log.read_text()
+        assert status["status"] == "interrupted" and step <= status["step"] < 160, self.log.read_text()
         assert (self.out / f"checkpoints/step-{status['step']:08d}").is_dir()
         return status["step"]
 

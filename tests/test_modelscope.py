@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from ranks import run
 from runs import metrics_of
 
 from data.source import SAMPLE
@@ -79,7 +80,7 @@ def hub(tmp_path):
 
 def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
     root, environment = hub
-    train_py("tiny", "--max-steps", "1", "--output-dir", tmp_path / "first")
+    assert run(["tiny", "--max-steps", "1", "--output-dir", tmp_path / "first"]).codes == [0]
     model, dataset = root / "models/Qwen/Qwen3-1.7B", root / "datasets/krisfu/delicate_medical_r1_data"
     shutil.copytree(tmp_path / "first/best", model)
     (model / "evil.py").write_text("raise SystemExit('executed')")

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, good_row
-from runs import TIMES, curve, files_of, metrics_of
+from ranks import run
+from runs import TIMES, files_of, metrics_of
 
 from loop.checkpoint import checkpoints
 from model.generate import load_for_generation, reply_to
@@ -92,47 +93,37 @@ def test_a_finished_run_is_neither_overwritten_nor_changed(finished, train_py):
     assert after == before
 
 
-def test_two_processes_end_where_one_does(finished, train_py, tmp_path):
-    """Two ranks with half the accumulation take the same steps; sums differ in their last bits."""
-    out = tmp_path / "two"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = train_py(
-        *SHORT, "--output-dir", out, "--gradient-accumulation-steps", "2", launcher=launcher, OMP_NUM_THREADS="1"
-    )
-    assert "x 2 processes" in done.stdout and done.stdout.count("rows read") == 1
-    for ours, theirs in zip(curve(out), curve(finished[0]), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-4)
-
-
-def test_early_stopping_keeps_the_best(train_py, tmp_path):
+def test_early_stopping_keeps_the_best(tmp_path):
     """A learning rate that ruins the model: the first evaluation stays the best, and it is what is exported."""
     out = tmp_path / "out"
     args = ["--learning-rate", "0.5", "--eval-steps", "1", "--early-stopping-patience", "2", "--warmup-ratio", "0"]
-    done = train_py("tiny", *args, "--output-dir", out)
+    done = run(["tiny", *args, "--output-dir", out], log=tmp_path / "log")
+    assert done.codes == [0]
     evals = [row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row]
     assert len(evals) == 3 and min(evals) == evals[0]
-    assert "early stopped: step 2" in done.stdout and "at step 0" in done.stdout
+    assert "early stopped: step 2" in done.output and "at step 0" in done.output
     assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-00000002"]
 
 
-def test_a_run_that_diverges_stops_and_names_the_rows(train_py, tmp_path):
+def test_a_run_that_diverges_stops_and_names_the_rows(tmp_path):
     """A model whose weights hold a NaN: every gradient norm is NaN."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out, broken, good = tmp_path / "out", tmp_path / "broken", tmp_path / "good"
-    train_py("tiny", "--max-steps", "1", "--output-dir", good)
+    assert run(["tiny", "--max-steps", "1", "--output-dir", good]).codes == [0]
     model = AutoModelForCausalLM.from_pretrained(good / "best")
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
     AutoTokenizer.from_pretrained(good / "best").save_pretrained(broken)
-    done = train_py("tiny", "--model", broken, "--eval-steps", "100", "--output-dir", out, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "diverged" in done.stderr and "4 steps in a row" in done.stderr
-    assert done.stderr.count("skipped, nothing updated") == 4 and "sample.jsonl:" in done.stderr
+    args = ["tiny", "--model", broken, "--eval-steps", "100", "--output-dir", out]
+    done = run(args, log=tmp_path / "log")
+    assert done.codes == [2] and "Traceback" not in done.output
+    assert "diverged" in done.output and "4 steps in a row" in done.output
+    assert done.output.count("skipped, nothing updated") == 4 and "sample.jsonl:" in done.output
     assert not (out / "best").exists() and not checkpoints(out / "checkpoints")
 
 
-def test_dialogues_and_rows_without_thinking_train(train_py, jsonl, tmp_path):
+def test_dialogues_and_rows_without_thinking_train(jsonl, tmp_path):
     turns = [
         {"role": "user", "content": "我发烧了。"},
         {"role": "assistant", "content": "多少度？", "reasoning_content": "先问体温。"},
@@ -143,13 +134,12 @@ def test_dialogues_and_rows_without_thinking_train(train_py, jsonl, tmp_path):
         {"messages": [*turns[:2], {**turns[2], "content": f"{i}"}, turns[3]]} for i in range(10)
     ]
     out = tmp_path / "out"
-    path = jsonl(rows)
-    done = train_py(
-        "tiny", "--dataset", path, "--max-steps", "2", "--output-dir", out, "--per-device-train-batch-size", "3"
-    )
+    args = ["tiny", "--dataset", jsonl(rows), "--max-steps", "2", "--output-dir", out]
+    done = run([*args, "--per-device-train-batch-size", "3"], log=tmp_path / "log")
+    assert done.codes == [0]
     report = json.loads((out / "data/data_report.json").read_text())
     assert report["rows"] == 20 and report["without_thinking"] == 10 and report["unusable"] == 0
-    assert "2 optimizer steps of 12 rows" in done.stdout
+    assert "2 optimizer steps of 12 rows" in done.output
 
 
 def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
