@@ -78,7 +78,7 @@ class Launch:
         interrupt()
         self.wait(workers)
         status = status_of(self.out)
-        assert status["status"] == "interrupted" and step <= status["step"] < 160, self.log.read_text()
+        assert status["status"] == "interrupted" and step <= status["step"] < status["max_steps"], self.log.read_text()
         assert (self.out / f"checkpoints/step-{status['step']:08d}").is_dir()
         return status["step"]
 
@@ -103,7 +103,7 @@ def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_pa
 def test_two_processes_stop_with_a_checkpoint_however_they_are_asked(command, tmp_path):
     """A signal to one rank, and to the launcher, which passes it on to both."""
     out = tmp_path / "run"
-    args = [*command, "--gradient-accumulation-steps", "2", "--output-dir", out, "--resume"]
+    args = [*command, "--max-steps", "100", "--gradient-accumulation-steps", "2", "--output-dir", out, "--resume"]
     launch = Launch(TWO, args, tmp_path / "log")
 
     def end_one_rank() -> None:
