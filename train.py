@@ -54,7 +54,7 @@ def run(config: TrainConfig) -> None:
     from loop.fit import fit
     from loop.interrupt import Interrupt
     from loop.optimizer import make_optimizer
-    from loop.processes import make_accelerator, on_main_process
+    from loop.processes import end_processes, make_accelerator, on_main_process
     from loop.run_folder import check_same_run, keep_global_batch, write_status
     from loop.samples import answer_samples
     from loop.state import TrainState, read_state
@@ -184,7 +184,7 @@ def run(config: TrainConfig) -> None:
         raise
     report(status, best_step=state.early_stopping.best_step, best_loss=state.early_stopping.best_loss)
     tracker.finish("aborted" if status == "interrupted" else "success")
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 def load_data(config: TrainConfig):

@@ -1,6 +1,7 @@
 """The processes of a run: how they were launched, and deciding on one for all."""
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -67,3 +68,14 @@ def on_main_process(accelerator: Accelerator, decide: Callable):
     if error is not None:
         raise error
     return value
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Leaves the process group. All ranks.
+
+    The pause is for gloo: its thread takes Python's lock to drop the tensors of the last collective, and
+    joining that thread while holding the lock would hang for ever.
+    """
+    accelerator.wait_for_everyone()
+    time.sleep(0.2)
+    accelerator.end_training()
