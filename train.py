@@ -53,14 +53,15 @@ def run(config: TrainConfig) -> None:
     from loop.early_stopping import EarlyStopping
     from loop.fit import fit
     from loop.interrupt import Interrupt
+    from loop.memory import GIB, choose, memory_of, memory_table, plan_all
     from loop.optimizer import make_optimizer
     from loop.processes import end_processes, make_accelerator, on_main_process
     from loop.run_folder import check_same_run, keep_global_batch, write_status
     from loop.samples import answer_samples
     from loop.state import TrainState, read_state
-    from loop.tracking import Tracker, choose_mode
+    from loop.tracking import Tracker, choose_mode, peak_memory_gib
     from model.loss import SFTModel
-    from model.qwen3 import export, load_model, restore_export
+    from model.qwen3 import export, load_model, outline, restore_export
 
     disable_progress_bar()  # of loading and saving weights: the only bar is the loop's
     output_dir = Path(config.output_dir)
@@ -82,13 +83,25 @@ def run(config: TrainConfig) -> None:
         accelerator.print(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
     accelerator.print(report_table(split.report))
     accelerator.print(
-        f"{max_steps:,} optimizer steps of {rows_per_step} rows ({config.per_device_train_batch_size} rows x "
-        f"{config.gradient_accumulation_steps} micro-batches x {accelerator.num_processes} processes) "
-        f"on {accelerator.device}"
+        f"{max_steps:,} optimizer steps of {rows_per_step} rows (per_device_train_batch_size "
+        f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "
+        f"x {accelerator.num_processes} processes) on {accelerator.device}"
     )
     if config.dry_run:
         accelerator.print(show_example(train[0], tokenizer, color=use_color()))
+
+    # --- memory: what fits, before any weight is loaded -----------------------------------------
+    device, available = accelerator.device, memory_of(accelerator.device)
+    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    skeleton = outline(config.model, tokenizer, weights=not config.dry_run)
+    plans = plan_all(config, skeleton, [len(example) for example in train], device, shards)
+    if config.dry_run:
+        accelerator.print(memory_table(plans, config.memory, device, available))
         return
+    plan = choose(plans, config.memory, device, available)
+    profile = plan.profile
+    accelerator.print(f"memory: {plan.name}, at most {plan.total / GIB:.1f} of {available / GIB:.1f} GiB")
+    cut = {"micro_batch_tokens": profile.micro_batch_tokens, **ranks}
 
     # --- state: of this run so far, or a new one ------------------------------------------------
     facts = {
@@ -96,6 +109,8 @@ def run(config: TrainConfig) -> None:
         "rows_per_step": rows_per_step,
         "train_rows": f"{len(train):,} with sha256 {digest(train)}",
         "val_rows": f"{len(val):,} with sha256 {digest(val)}",
+        "weights": str(profile.weights),
+        "optim": profile.optim,
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
     }
 
@@ -118,9 +133,17 @@ def run(config: TrainConfig) -> None:
     # --- model, optimizer -----------------------------------------------------------------------
     set_seed(config.seed)
     with accelerator.local_main_process_first():
-        causal_lm = load_model(config.model, tokenizer, config.gradient_checkpointing)
-    model = SFTModel(causal_lm)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+        causal_lm = load_model(
+            config.model,
+            tokenizer,
+            gradient_checkpointing=profile.gradient_checkpointing,
+            dtype=profile.weights,
+            # Of all steps, not of those left: a resumed run computes what the whole one would.
+            compile=config.compile == "on"
+            or (config.compile == "auto" and device.type == "cuda" and max_steps >= 1000),
+        )
+    model = SFTModel(causal_lm, profile.loss_chunk)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, profile.optim)
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint:
         load_checkpoint(checkpoint, accelerator, model, optimizer)
@@ -161,13 +184,15 @@ def run(config: TrainConfig) -> None:
                     batch_size=config.per_device_train_batch_size,
                     rows_per_step=rows_per_step,
                     seed=config.seed,
-                    **ranks,
+                    **cut,
                 ),
-                eval_batches=rank_batches(val, range(len(val)), batch_size=config.per_device_eval_batch_size, **ranks),
+                eval_batches=rank_batches(val, range(len(val)), batch_size=config.per_device_eval_batch_size, **cut),
                 max_steps=max_steps,
                 export_best=export_best,
                 interrupt=interrupt,
             )
+        peak = peak_memory_gib(device)
+        accelerator.print(f"peak memory {peak:.1f} GiB; predicted at most {plan.total / GIB:.1f}")
         if status == "interrupted":
             accelerator.print(
                 f"interrupted, with a checkpoint: {state.summary(best)}. Go on: the same command --resume"

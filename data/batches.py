@@ -39,16 +39,14 @@ def step_batch(
     step: int,
     examples: Sequence[Example],
     *,
-    batch_size: int,
     rows_per_step: int,
     seed: int,
-    rank: int,
-    world_size: int,
+    **cut,
 ) -> StepBatch:
-    """What this rank trains on after `step` completed steps."""
+    """What a rank trains on after `step` completed steps; cut: the keywords of `rank_batches`."""
     indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
     return StepBatch(
-        micro_batches=rank_batches(examples, indices, batch_size=batch_size, rank=rank, world_size=world_size),
+        micro_batches=rank_batches(examples, indices, **cut),
         num_tokens=sum(len(examples[index]) for index in indices),
         epoch=(step + 1) / steps_per_epoch(len(examples), rows_per_step),
         rows=[examples[index].where for index in indices],
@@ -56,18 +54,56 @@ def step_batch(
 
 
 def rank_batches(
-    examples: Sequence[Example], indices: Sequence[int], *, batch_size: int, rank: int, world_size: int
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    micro_batch_tokens: int,
+    rank: int,
+    world_size: int,
 ) -> list[dict]:
-    """One rank's share of `indices` as micro-batches of batch_size rows laid end to end.
+    """One rank's share of `indices` as micro-batches: rows laid end to end, as `cut` puts them together.
 
     Every rank gets the same number of micro-batches, for each forward and backward may be a
     collective; a rank short of rows ends with micro-batches that have no target and sum to 0.
     """
-    share = [examples[index] for index in indices[rank::world_size]]
-    batches = [collate(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-    while len(batches) < math.ceil(math.ceil(len(indices) / world_size) / batch_size):
+    shares = share_out([examples[index] for index in indices], world_size)
+    cuts = [cut(share, batch_size, micro_batch_tokens) for share in shares]
+    batches = [collate(rows) for rows in cuts[rank]]
+    while len(batches) < max(map(len, cuts)):
         first = examples[indices[0]]
-        batches.append(collate([Example(first.input_ids[:1], 1, 1, first.where)]))
+        batches.append(collate([Example(first.input_ids[:2], 2, 2, first.where)]))
+    return batches
+
+
+def share_out(rows: Sequence[Example], num_shares: int) -> list[list[Example]]:
+    """Rows shared out so that tokens are near equal and no share has more than its part of the rows.
+
+    The longest row first, each to the share with the fewest tokens; within a share rows keep their order.
+    """
+    shares = [[] for _ in range(num_shares)]
+    tokens = [0] * num_shares
+    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index])):
+        free = [share for share in range(num_shares) if len(shares[share]) < math.ceil(len(rows) / num_shares)]
+        share = min(free, key=tokens.__getitem__)
+        shares[share].append(index)
+        tokens[share] += len(rows[index])
+    return [[rows[index] for index in sorted(share)] for share in shares]
+
+
+def cut(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> list[list[Example]]:
+    """Rows put together batch_size at a time; where micro_batch_tokens is above 0, in as few micro-batches as
+    that many tokens each allow (first fit, the longest row first; a longer row is alone)."""
+    if not micro_batch_tokens:
+        return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    batches = []
+    for row in sorted(rows, key=len, reverse=True):
+        for batch in batches:
+            if sum(map(len, batch)) + len(row) <= micro_batch_tokens:
+                batch.append(row)
+                break
+        else:
+            batches.append([row])
     return batches
 
 

@@ -35,14 +35,22 @@ class TrainConfig:
     model: str = "Qwen/Qwen3-1.7B"
     # Autocast over fp32 weights; `no` computes in fp32.
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    # Recompute activations in the backward pass: less memory, about a third more compute.
-    gradient_checkpointing: bool = True
+    # What a card's memory allows: speed, or a profile for 32, 24 or 16 GB (--dry-run shows what each needs and
+    # changes). auto: the faster one that fits of speed and 32g, which compute the same.
+    memory: Literal["auto", "speed", "32g", "24g", "16g"] = "auto"
+    # Recompute activations in the backward pass: less memory, about a third more compute. auto: as memory says.
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    # Compile the decoder layers. auto: on CUDA, in runs long enough to repay the compilation.
+    compile: Literal["auto", "on", "off"] = "auto"
 
     # --- optimizer step ---
     # Rows in one micro-batch on each process.
     per_device_train_batch_size: int = 1
     # Micro-batches in one optimizer step on each process.
     gradient_accumulation_steps: int = 4
+    # Tokens in one micro-batch, for speed only: a step's rows on a process are laid end to end in as few as that
+    # allows. 0: per_device_train_batch_size rows each; -1: as memory says.
+    micro_batch_tokens: int = -1
     # Peak learning rate.
     learning_rate: float = 1e-4
     # Shape of the decay after warmup, down to 0 at the last step (constant: no decay).
@@ -100,6 +108,7 @@ class TrainConfig:
             "per_device_train_batch_size": 1,
             "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1,
+            "micro_batch_tokens": -1,
             "eval_steps": 1,
             "logging_steps": 1,
             "save_steps": 1,
@@ -134,7 +143,6 @@ PRESETS = {
         model="tiny",
         max_length=512,
         mixed_precision="no",
-        gradient_checkpointing=False,
         per_device_eval_batch_size=4,
         learning_rate=3e-3,
         warmup_ratio=0.05,
@@ -202,8 +210,10 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
         if name not in fields:
             refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
         flag = f"--{name}={value}"
-        if isinstance(value, bool):
-            flag = f"--{'' if value else 'no-'}{name}"
+        if isinstance(value, bool):  # YAML reads a bare `on` as true
+            flag = (
+                f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else 'off'}"
+            )
         try:
             parsed = read_flags([flag], config, quiet=True)
         except SystemExit:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+
+from loop.processes import to_device
 
 
 class EvalMetrics(NamedTuple):
@@ -32,7 +33,7 @@ def evaluate(model: torch.nn.Module, micro_batches: Sequence[dict], accelerator:
     model.eval()
     sums = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)  # (loss, count) x (think, answer)
     for micro_batch in micro_batches:
-        micro_batch = send_to_device(micro_batch, accelerator.device)
+        micro_batch = to_device(micro_batch, accelerator.device)
         is_think = micro_batch["is_think"]
         sums[0] += model(**micro_batch)
         sums[1] += torch.stack([is_think.sum(), (~is_think).sum()])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from loop.checkpoint import SaveError, save_checkpoint
@@ -17,6 +17,7 @@ from loop.config import TrainConfig
 from loop.evaluate import evaluate
 from loop.interrupt import Interrupt
 from loop.optimizer import lr_at
+from loop.processes import to_device
 from loop.run_folder import RunError
 from loop.state import TrainState
 from loop.step import train_step
@@ -59,7 +60,7 @@ def fit(
         # Dropout is a function of (seed, step, rank), so there is no state of generators to save.
         set_seed(random.Random(f"{config.seed}/{state.step}/{accelerator.process_index}").getrandbits(32))
         batch = step_batch(state.step)
-        micro_batches = send_to_device(batch.micro_batches, accelerator.device)
+        micro_batches = to_device(batch.micro_batches, accelerator.device)
         lr = lr_at(
             state.step,
             max_steps=max_steps,

@@ -4,9 +4,13 @@ import math
 
 import torch
 
+from loop.run_folder import RunError
 
-def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; matrices and embeddings decay, vectors (the norms) do not."""
+
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, optim: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW; matrices and embeddings decay, vectors (the norms) do not. optim: adamw, or adamw_8bit."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -14,7 +18,29 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: f
     ]
     # A parameter that no group holds would never learn, in silence.
     assert sum(len(group["params"]) for group in groups) == len(parameters)
+    if optim == "adamw_8bit":
+        return make_adamw_8bit(groups, learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def make_adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
+    """torchao's AdamW with moments in 8 bits; bf16 weights are rounded stochastically. Compiles in its first step."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise RunError('this memory profile needs torchao: pip install -e ".[lowmem]"') from error
+
+    class AdamW8bitWithFloatRate(AdamW8bit):
+        def step(self, closure=None):
+            # torchao takes the rate as a tensor only, and a new float would be compiled anew.
+            rates = [group["lr"] for group in self.param_groups]
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = torch.as_tensor(rate, dtype=torch.float32)
+            super().step(closure)
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    return AdamW8bitWithFloatRate(groups, lr=learning_rate, bf16_stochastic_round=True)
 
 
 def lr_at(step: int, *, max_steps: int, learning_rate: float, lr_scheduler_type: str, warmup_ratio: float) -> float:

@@ -13,7 +13,9 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    send_to_device,
 )
+from accelerate.utils.operations import recursively_apply
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from loop.config import TrainConfig
@@ -26,8 +28,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             kwargs_handlers=[
-                # Recomputation casts every weight anew, so autocast's cache of bf16 copies would only take memory.
-                AutocastKwargs(cache_enabled=not config.gradient_checkpointing),
+                # A forward casts each weight once, so autocast's cache of bf16 copies would only take memory.
+                AutocastKwargs(cache_enabled=False),
                 # Gradients live in the buckets that DDP sends, not beside them: 4 bytes a parameter less.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 # Ranks wait for the main process to download the model, and to write its last samples.
@@ -68,6 +70,13 @@ def on_main_process(accelerator: Accelerator, decide: Callable):
     if error is not None:
         raise error
     return value
+
+
+def to_device(batches, device: torch.device):
+    """Copies tensors in lists and dicts; to CUDA from pinned memory, so that the copies run beside the kernels."""
+    if device.type == "cuda":
+        batches = recursively_apply(torch.Tensor.pin_memory, batches)
+    return send_to_device(batches, device, non_blocking=True)
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -18,6 +18,7 @@ from loop.config import TrainConfig
 FREE_SETTINGS = {
     "output_dir", "resume", "dry_run", "swanlab_project", "run_name", "swanlab_mode", "logging_steps",
     "save_steps", "save_total_limit", "per_device_eval_batch_size", "gradient_checkpointing",
+    "micro_batch_tokens", "compile", "memory",
     "early_stopping_patience", "early_stopping_min_delta",
     # The data is told by its tokens, so a file may move; the batch by its rows.
     "dataset", "model", "per_device_train_batch_size", "gradient_accumulation_steps",

@@ -1,20 +1,23 @@
 """SFTModel: the wrapped forward returns summed losses, never logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-# Targets whose logits exist at one time: 1,024 of Qwen3's 151,936-word logits are 0.6 GB in fp32.
-CHUNK = 1024
+# Rows of logits that are worked on in fp32 at one time: 128 of Qwen3's 151,936-word logits are 78 MB.
+BLOCK = 128
+# Words whose part of the head's gradient is made at one time, before it is added up in fp32.
+WORDS = 16384
 
 
 class SFTModel(nn.Module):
     """A causal language model of transformers, from packed rows to the loss of each part."""
 
-    def __init__(self, causal_lm: nn.Module):
+    def __init__(self, causal_lm: nn.Module, loss_chunk: int):
+        """loss_chunk: targets whose logits exist at one time. Fewer targets than that are one chunk, and its
+        logits stay for the backward, in half precision under autocast; of several chunks they are made again."""
         super().__init__()
         self.causal_lm = causal_lm
+        self.loss_chunk = loss_chunk
 
     def forward(
         self, input_ids, position_ids, cu_seqlens, max_seqlen, target_positions, target_ids, is_think
@@ -31,20 +34,69 @@ class SFTModel(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         ).last_hidden_state[0]
-        # The head runs only where there is a target, and its logits are made again in the backward.
-        losses = [
-            checkpoint(self.token_losses, chunk, ids, use_reentrant=False)
-            for chunk, ids in zip(hidden[target_positions].split(CHUNK), target_ids.split(CHUNK), strict=True)
-        ]
-        losses = torch.cat(losses)
+        # The head runs only where there is a target.
+        losses = HeadLoss.apply(
+            hidden[target_positions],
+            self.causal_lm.lm_head.weight,
+            target_ids,
+            self.loss_chunk,
+            torch.is_grad_enabled(),
+        )
         return torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()])
 
     def tie_weights(self) -> None:
         """Called by accelerate, which ties the shards of FSDP2 anew."""
         self.causal_lm.tie_weights()
 
-    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """hidden (n, hidden_size), target_ids (n,) -> (n,)"""
-        logits = self.causal_lm.lm_head(hidden)
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        return F.cross_entropy(logits, target_ids, reduction="none")
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy in nats of a linear head: hidden (n, hidden_size), weight (words, hidden_size), ids (n,) -> (n,).
+
+    Targets go in chunks. The gradient, softmax(logits) - onehot(ids), takes the place of a chunk's logits in
+    their own memory, so a backward holds them once; autograd would hold them four times, three of these in
+    fp32. Matrix products are in autocast's type, the softmax at least in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, chunk: int, with_grad: bool):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.save_for_backward(hidden, weight, target_ids)
+        ctx.chunk, ctx.logits = chunk, None
+        weight, losses = weight.to(ctx.dtype), []
+        for rows, ids in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
+            logits = rows.to(ctx.dtype) @ weight.T
+            for block, block_ids in blocks(logits, ids):
+                log_probabilities = block.log_softmax(-1, dtype=at_least_fp32(block))
+                losses.append(-log_probabilities.gather(1, block_ids[:, None])[:, 0])
+        if with_grad and len(target_ids) <= chunk:
+            ctx.logits = logits
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, target_ids = ctx.saved_tensors
+        half_weight, kept, ctx.logits = weight.to(ctx.dtype), ctx.logits, None
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight))
+        parts = (tensor.split(ctx.chunk) for tensor in (hidden, target_ids, grad, grad_hidden))
+        for rows, ids, scales, grad_rows in zip(*parts, strict=True):
+            rows = rows.to(ctx.dtype)
+            logits = rows @ half_weight.T if kept is None else kept
+            for block, block_ids, scale in blocks(logits, ids, scales):
+                gradient = block.softmax(-1, dtype=at_least_fp32(block))
+                gradient[torch.arange(len(block), device=block.device), block_ids] -= 1
+                block.copy_(gradient.mul_(scale[:, None]))
+            grad_rows.copy_(logits @ half_weight)
+            for words, grad_words in blocks(logits.T, grad_weight, size=WORDS):
+                grad_words += words @ rows
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def blocks(*tensors: torch.Tensor, size: int = BLOCK):
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -84,34 +84,55 @@ def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = T
     return tokenizer
 
 
-def load_model(model: str, tokenizer, gradient_checkpointing: bool):
-    """The causal language model in fp32 with packed attention, ready to train."""
+def model_config(model: str, tokenizer, weights: bool = True):
+    if model == "tiny":
+        return tiny_config(tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(find_model(model, weights), local_files_only=True, trust_remote_code=False)
+    except (ModelError, HubError):
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+    if config.model_type != "qwen3":
+        raise ModelError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}")
+    return config
+
+
+def outline(model: str, tokenizer, weights: bool = True):
+    """The model without its weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config(model, tokenizer, weights))
+
+
+def load_model(
+    model: str, tokenizer, gradient_checkpointing: bool, dtype: torch.dtype = torch.float32, compile: bool = False
+):
+    """The causal language model with packed attention, ready to train."""
+    config = model_config(model, tokenizer)
     try:
         if model == "tiny":
-            causal_lm = tiny_model(tokenizer)
+            causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
         else:
-            folder = find_model(model)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if config.model_type != "qwen3":
-                raise ModelError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
             causal_lm = AutoModelForCausalLM.from_pretrained(
-                folder,
+                find_model(model),
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation=PACKED,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-    except (ModelError, HubError):
-        raise
     except Exception as error:
         raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
-    if len(tokenizer) > causal_lm.config.vocab_size:
-        raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {causal_lm.config.vocab_size}")
     if gradient_checkpointing:
         # transformers renamed it after 5.17; both are non-reentrant by default.
         getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)()
+    if compile:
+        # In place, so the names of weights stay; one graph serves all layers and, being dynamic, all lengths.
+        for layer in causal_lm.model.layers:
+            layer.compile(dynamic=True)
     return causal_lm.train()  # from_pretrained leaves it without dropout
 
 
@@ -140,9 +161,9 @@ def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer):
-    """A random Qwen3 of 1.0 million parameters, on which the whole loop runs on a CPU."""
-    config = Qwen3Config(
+def tiny_config(tokenizer) -> Qwen3Config:
+    """Of a Qwen3 of 1.0 million parameters, on which the whole loop runs on a CPU."""
+    return Qwen3Config(
         vocab_size=2048,
         hidden_size=128,
         num_hidden_layers=4,
@@ -156,7 +177,6 @@ def tiny_model(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32)
 
 
 def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:

@@ -51,9 +51,14 @@ def examples(split, tokenizer):
 def make_model(tokenizer):
     """A fresh tiny SFTModel, the same weights at every call."""
 
-    def make(gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> SFTModel:
+    def make(
+        gradient_checkpointing: bool = False,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        loss_chunk: int = 10**6,
+    ) -> SFTModel:
         torch.manual_seed(0)
-        return SFTModel(load_model("tiny", tokenizer, gradient_checkpointing)).to(dtype)
+        return SFTModel(load_model("tiny", tokenizer, gradient_checkpointing, compile=compile), loss_chunk).to(dtype)
 
     return make
 

@@ -171,7 +171,7 @@ def in_fp64() -> None:
 
     qwen3.Qwen3RMSNorm.forward = forward
     load = model.qwen3.load_model
-    model.qwen3.load_model = lambda *args: load(*args).double()
+    model.qwen3.load_model = lambda *args, **kwargs: load(*args, **kwargs).double()
 
 
 def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:

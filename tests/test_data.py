@@ -216,7 +216,16 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(examples, world_size):
         seen = []
         for step in range(7 * epoch, 7 * epoch + 7):
             shares = [
-                step_batch(step, examples, batch_size=2, rows_per_step=8, seed=1, rank=rank, world_size=world_size)
+                step_batch(
+                    step,
+                    examples,
+                    batch_size=2,
+                    micro_batch_tokens=0,
+                    rows_per_step=8,
+                    seed=1,
+                    rank=rank,
+                    world_size=world_size,
+                )
                 for rank in range(world_size)
             ]
             assert len({len(share.micro_batches) for share in shares}) == 1
@@ -235,7 +244,7 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(examples, world_size):
 
 
 def test_a_micro_batch_has_no_padding(examples):
-    (batch,) = rank_batches(examples, [3, 5], batch_size=2, rank=0, world_size=1)
+    (batch,) = rank_batches(examples, [3, 5], batch_size=2, micro_batch_tokens=0, rank=0, world_size=1)
     first, second = examples[3], examples[5]
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, len(first) + len(second))
     assert batch["cu_seqlens"].tolist() == [0, len(first), len(first) + len(second)]

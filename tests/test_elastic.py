@@ -14,16 +14,19 @@ from loop.checkpoint import checkpoints
 # 31 rows, 12 a step: windows of 12, 12 and 7 rows.
 ARGS = ["tiny", "--max-steps", "10", "--val-fraction", "0.2", "--eval-steps", "5", "--logging-steps", "1"]
 ARGS += ["--learning-rate", "1e-4", "--max-length", "192", "--early-stopping-patience", "0", "--save-steps", "100"]
-# strategy, rows in a micro-batch, micro-batches, rows in an evaluation micro-batch
+# strategy, rows in a micro-batch, micro-batches, rows in an evaluation micro-batch, tokens in a micro-batch
 CUTS = [
-    ("one", 1, 12, 1),
-    ("one", 3, 4, 2),
-    ("one", 12, 1, 8),
-    ("ddp2", 1, 6, 1),
-    ("ddp2", 3, 2, 3),
-    ("ddp3", 1, 4, 1),
-    ("ddp3", 2, 2, 5),
-    ("fsdp2", 2, 3, 4),
+    ("one", 1, 12, 1, 0),
+    ("one", 3, 4, 2, 0),
+    ("one", 12, 1, 8, 0),
+    ("ddp2", 1, 6, 1, 0),
+    ("ddp2", 3, 2, 3, 0),
+    ("ddp3", 1, 4, 1, 0),
+    ("ddp3", 2, 2, 5, 0),
+    ("fsdp2", 2, 3, 4, 0),
+    ("one", 1, 12, 1, 10_000),
+    ("ddp2", 1, 6, 1, 250),
+    ("fsdp2", 1, 6, 1, 400),
 ]
 
 
@@ -37,10 +40,11 @@ def rows(tmp_path_factory):
     return path
 
 
-def cut(rows, strategy, batch_size, accumulation, eval_batch_size, out) -> list:
+def cut(rows, strategy, batch_size, accumulation, eval_batch_size, out, tokens=0) -> list:
     return [
         *ARGS, "--dataset", rows, "--output-dir", out, "--per-device-train-batch-size", batch_size,
         "--gradient-accumulation-steps", accumulation, "--per-device-eval-batch-size", eval_batch_size,
+        "--micro-batch-tokens", tokens,
     ]  # fmt: skip
 
 
@@ -57,15 +61,15 @@ def largest_difference(ours, theirs) -> float:
 
 @pytest.mark.parametrize(
     ("fault", "tolerance", "cuts"),
-    [("in_fp64()", 1e-12, CUTS), ("", 1e-5, [CUTS[0], CUTS[2], CUTS[6], CUTS[7]])],
+    [("in_fp64()", 1e-12, CUTS), ("", 1e-5, [CUTS[0], CUTS[2], CUTS[6], CUTS[7], CUTS[9]])],
     ids=["fp64", "fp32"],
 )
 def test_neither_ranks_nor_cuts_change_a_number(rows, fault, tolerance, cuts, tmp_path):
     """10 steps over epochs with a short last window: every metric row, weight and moment."""
     reference = None
-    for number, (strategy, *sizes) in enumerate(cuts):
+    for number, (strategy, *sizes, tokens) in enumerate(cuts):
         out = tmp_path / f"{number}-{strategy}"
-        outcome = run(cut(rows, strategy, *sizes, out), strategy, fault, tmp_path / "log")
+        outcome = run(cut(rows, strategy, *sizes, out, tokens), strategy, fault, tmp_path / "log")
         assert set(outcome.codes) == {0}, outcome.output
         result = weights_and_moments(newest(out))["model"], curve(out)
         reference = reference or result
@@ -131,7 +135,7 @@ def test_a_run_goes_on_on_any_number_of_processes(rows, whole, tmp_path):
         if before:
             assert_same(weights_and_moments(*checkpoints(again)), weights_and_moments(before))
             world = {"one": 1, "ddp3": 3}.get(strategy, 2)
-            assert f"(1 rows x {12 // world} micro-batches x {world} processes)" in outcome.output
+            assert f"gradient_accumulation_steps {12 // world} x {world} processes)" in outcome.output
     refusal = run(args, "ddp5", log=tmp_path / "log")
     assert set(refusal.codes) == {2} and "Traceback" not in refusal.output
     for flag in ("--num_processes 5", "--per-device-train-batch-size", "--gradient-accumulation-steps"):

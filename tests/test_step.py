@@ -27,7 +27,9 @@ class KeepGradients(torch.optim.Optimizer):
 def gradients_of(model, examples, batch_size, max_grad_norm=math.inf, world_size=1):
     accelerator = Accelerator()
     optimizer = KeepGradients(model.parameters())
-    batches = rank_batches(examples, range(len(examples)), batch_size=batch_size, rank=0, world_size=1)
+    batches = rank_batches(
+        examples, range(len(examples)), batch_size=batch_size, micro_batch_tokens=0, rank=0, world_size=1
+    )
     metrics = train_step(model, optimizer, batches, accelerator, lr=0.0, max_grad_norm=max_grad_norm)
     return optimizer.gradients, metrics
 
@@ -68,7 +70,10 @@ def test_gradient_is_that_of_a_plain_full_batch(make_model, examples, dtype, tol
 
 def test_a_rank_without_rows_adds_nothing(make_model, examples):
     """Three rows on two ranks: the second rank's last micro-batch is empty; together they are the whole gradient."""
-    shares = [rank_batches(examples, range(3), batch_size=1, rank=rank, world_size=2) for rank in range(2)]
+    shares = [
+        rank_batches(examples, range(3), batch_size=1, micro_batch_tokens=0, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
     assert [len(share) for share in shares] == [2, 2]
     expected, _ = gradients_of(make_model(dtype=torch.float64), examples[:3], 1)
     optimizer = KeepGradients((model := make_model(dtype=torch.float64)).parameters())
@@ -89,7 +94,7 @@ def test_clipping_sees_the_whole_gradient(make_model, examples):
 def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, examples):
     model, accelerator = make_model(), Accelerator()
     optimizer = make_optimizer(model, 1e-3, 0.0)
-    batches = rank_batches(examples, range(4), batch_size=1, rank=0, world_size=1)
+    batches = rank_batches(examples, range(4), batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)
     assert train_step(model, optimizer, batches, accelerator, 1e-3, 1.0).finite
     before = [p.clone() for p in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
@@ -113,7 +118,9 @@ def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, examp
     ours, model, accelerator = [], make_model(), Accelerator()
     optimizer = make_optimizer(model, 1e-3, weight_decay=0.1)
     for step in range(10):
-        batch = step_batch(step, examples, batch_size=1, rows_per_step=4, seed=3, rank=0, world_size=1)
+        batch = step_batch(
+            step, examples, batch_size=1, micro_batch_tokens=0, rows_per_step=4, seed=3, rank=0, world_size=1
+        )
         lr = lr_at(step, max_steps=10, **settings)
         metrics = train_step(model, optimizer, batch.micro_batches, accelerator, lr, max_grad_norm=1.0)
         num_tokens = metrics.num_think_tokens + metrics.num_answer_tokens
@@ -178,8 +185,8 @@ def test_learning_rates_are_those_of_transformers(theirs, ours, warmup_steps):
 def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
     """Loss of each row and all gradients, packed and apart, to the bit of fp64 rounding."""
     model, rows = make_model(dtype=torch.float64), examples[:3]
-    apart = [rank_batches([row], [0], batch_size=1, rank=0, world_size=1)[0] for row in rows]
-    (packed,) = rank_batches(rows, range(3), batch_size=3, rank=0, world_size=1)
+    apart = [rank_batches([row], [0], batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)[0] for row in rows]
+    (packed,) = rank_batches(rows, range(3), batch_size=3, micro_batch_tokens=0, rank=0, world_size=1)
     losses = torch.stack([model(**batch) for batch in apart])
     together = model(**packed)
     torch.testing.assert_close(together, losses.sum(dim=0), rtol=1e-12, atol=0)
@@ -187,8 +194,12 @@ def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
     found = torch.autograd.grad(together.sum(), list(model.parameters()))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     # Another first row changes nothing for the rows behind it.
-    (other,) = rank_batches([examples[7], *rows[1:]], range(3), batch_size=3, rank=0, world_size=1)
-    behind = model(**other) - model(**rank_batches([examples[7]], [0], batch_size=1, rank=0, world_size=1)[0])
+    (other,) = rank_batches(
+        [examples[7], *rows[1:]], range(3), batch_size=3, micro_batch_tokens=0, rank=0, world_size=1
+    )
+    behind = model(**other) - model(
+        **rank_batches([examples[7]], [0], batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)[0]
+    )
     torch.testing.assert_close(behind, losses[1] + losses[2], rtol=1e-12, atol=0)
 
 
@@ -196,7 +207,11 @@ def test_evaluation_does_not_depend_on_its_batch_size(make_model, split, tokeniz
     examples, _ = encode_rows(split.val, tokenizer, 512, "error")
     model = make_model(dtype=torch.float64).train()
     results = [
-        evaluate(model, rank_batches(examples, range(12), batch_size=size, rank=0, world_size=1), Accelerator())
+        evaluate(
+            model,
+            rank_batches(examples, range(12), batch_size=size, micro_batch_tokens=0, rank=0, world_size=1),
+            Accelerator(),
+        )
         for size in (1, 5, 12)
     ]
     for result in results[1:]:
