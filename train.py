@@ -19,6 +19,8 @@ from loop.config import TrainConfig, is_main_process, parse_config, refuse
 
 def main(args: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if args is None else args)
+    # Read when torch is loaded: large tensors in huge pages, which spares a CPU most of its page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports wait until the command line is known to be right.
     from data.hub import HubError
     from data.source import DataError

@@ -38,6 +38,7 @@ CONTESTANTS = {
     "recipe": "the original recipe: Trainer, bf16 weights, gradient checkpointing, batch 1, accumulation 4",
     "trainer": "Trainer, fp32 weights, bf16 autocast, batch 1, accumulation 4",
     "trainer ckpt": "the same with gradient checkpointing",
+    "trainer thp": "trainer, with THP_MEM_ALLOC_ENABLE=1, which train.py sets for itself",
     "trl": "TRL SFTTrainer, fp32 weights, bf16 autocast, its fused head, no checkpointing: on CPU batch 1, "
     "accumulation 4; on CUDA batch 4, padding-free with this project's varlen attention",
 }
@@ -70,7 +71,10 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             results[name].append(result)
-            print(f"round {number}  {name:<14}" + "  ".join(f"{k} {v}" for k, v in result.items() if k in SHOWN), flush=True)
+            print(
+                f"round {number}  {name:<14}" + "  ".join(f"{k} {v}" for k, v in result.items() if k in SHOWN),
+                flush=True,
+            )
     report(args, results)
 
 
@@ -80,6 +84,8 @@ SHOWN = ("tflops", "tokens_per_s", "step_p50_s", "peak_gib", "error")
 def start(args, name: str) -> dict:
     """One contestant in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    if name.startswith("ours") or name == "trainer thp":
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
@@ -192,7 +198,9 @@ def train_ours(args, config, rows, device):
     for start in range(0, len(rows), args.rows):
         batches = to_device(rank_batches(rows, range(start, start + args.rows), **cut), device)
         metrics = train_step(model, optimizer, batches, accelerator, LR, 1.0)
-        losses.append((metrics.think_loss_sum + metrics.answer_loss_sum) / (metrics.num_think_tokens + metrics.num_answer_tokens))
+        losses.append(
+            (metrics.think_loss_sum + metrics.answer_loss_sum) / (metrics.num_think_tokens + metrics.num_answer_tokens)
+        )
         finish(device)
         ends.append(time.perf_counter())
     return losses, ends
