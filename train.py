@@ -51,7 +51,7 @@ def run(config: TrainConfig) -> None:
     from data.encode import digest
     from data.medical import write_split
     from data.show import report_table, show_example
-    from loop.checkpoint import agree, load_checkpoint, newest_sound
+    from loop.checkpoint import load_checkpoint, newest_sound
     from loop.early_stopping import EarlyStopping
     from loop.fit import fit
     from loop.interrupt import Interrupt
@@ -60,6 +60,7 @@ def run(config: TrainConfig) -> None:
     from loop.processes import end_processes, make_accelerator, on_main_process
     from loop.run_folder import check_same_run, keep_global_batch, write_status
     from loop.samples import answer_samples
+    from loop.saving import CheckpointWriter, agree
     from loop.state import TrainState, read_state
     from loop.tracking import Tracker, choose_mode, peak_memory_gib
     from model.loss import SFTModel
@@ -160,7 +161,7 @@ def run(config: TrainConfig) -> None:
                 export(causal_lm, weights, tokenizer, best)
             except Exception as failure:  # OSError, or safetensors' own
                 error = failure
-        agree(accelerator, error)
+        agree(error)
 
     # --- train ----------------------------------------------------------------------------------
     facts |= {"world_size": accelerator.num_processes, "device": str(accelerator.device)}
@@ -172,7 +173,8 @@ def run(config: TrainConfig) -> None:
 
     report("running")
     try:
-        with Interrupt(output_dir) as interrupt:
+        root = output_dir / "checkpoints"
+        with Interrupt(output_dir) as interrupt, CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
             status = fit(
                 config,
                 accelerator,
@@ -190,6 +192,7 @@ def run(config: TrainConfig) -> None:
                 ),
                 eval_batches=rank_batches(val, range(len(val)), batch_size=config.per_device_eval_batch_size, **cut),
                 max_steps=max_steps,
+                checkpoints=checkpoints,
                 export_best=export_best,
                 interrupt=interrupt,
             )

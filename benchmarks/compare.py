@@ -10,6 +10,7 @@ The losses of the first steps must agree, or no figure is given. pip install -e 
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -132,8 +133,14 @@ def work(args) -> dict:
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = Qwen3Config(**SHAPES[args.shape], tie_word_embeddings=True, max_position_embeddings=4096, bos_token_id=None,
-                         eos_token_id=1, pad_token_id=0)  # fmt: skip
+    config = Qwen3Config(
+        **SHAPES[args.shape],
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     num_steps = args.warmup + args.steps
     lengths = json.loads((HERE / "lengths.json").read_text())
     lengths = [lengths[index % len(lengths)] for index in range(num_steps * args.rows)]
@@ -145,7 +152,7 @@ def work(args) -> dict:
     torch.manual_seed(0)
     run = train_ours if args.worker.startswith("ours") else train_with_trainer
     losses, ends = run(args, config, rows, device)
-    seconds = [end - begin for begin, end in zip(ends, ends[1:], strict=False)][args.warmup :]
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)][args.warmup :]
     timed = [len(row) for row in rows[args.warmup * args.rows :]]
     mean_context = sum(n * n for n in timed) / sum(timed)
     parameters = config.vocab_size * config.hidden_size + config.num_hidden_layers * (
@@ -169,6 +176,7 @@ def work(args) -> dict:
 
 
 def train_ours(args, config, rows, device):
+    import torch
     from transformers import AutoModelForCausalLM
 
     from data.batches import rank_batches
@@ -179,8 +187,6 @@ def train_ours(args, config, rows, device):
     from loop.step import train_step
     from model.attention import PACKED
     from model.loss import SFTModel
-
-    import torch
 
     profile = PROFILES["32g" if args.worker == "ours 32g" else "speed"]
     accelerator = make_accelerator(TrainConfig())

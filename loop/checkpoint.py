@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, found, verified, loaded, pruned.
+"""Checkpoints: found, verified, loaded; `loop/saving.py` writes them.
 
     checkpoints/step-00000400/state/        weights and optimizer (torch.distributed.checkpoint)
                               trainer.json  TrainState, readable
@@ -8,7 +8,6 @@ A folder with that name is complete, for it is renamed into place last. Names th
 are leftovers and never read. There is no state of random generators: each step seeds them.
 """
 
-import dataclasses
 import hashlib
 import json
 import pickle
@@ -20,14 +19,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from loop.run_folder import RunError, sync_folder, write_json
-from loop.state import TrainState
+from loop.run_folder import RunError
 
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -35,82 +32,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # What writing and reading can raise: OSError, torch's RuntimeError, safetensors' own, and that of
 # torch.distributed.checkpoint, which is no Exception.
 IO_ERRORS = (Exception, CheckpointException)
-
-
-class SaveError(Exception):
-    """Some rank could not write; raised on every rank alike, with nothing on disk changed."""
-
-
-def agree(accelerator: Accelerator, error: BaseException | None) -> None:
-    """Raises SaveError on every rank where one of them brings an error. All ranks."""
-    for message in gather_object([None if error is None else reason(error, accelerator.process_index)]):
-        if message is not None:
-            raise SaveError(message)
-
-
-def reason(error: BaseException, rank: int) -> str:
-    """What went wrong, and on which rank: torch.distributed.checkpoint wraps the errors of all of them."""
-    while isinstance(error, CheckpointException):
-        rank, (error, _) = next(iter(error.failures.items()))
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (rank {rank})"
-
-
-def save_checkpoint(
-    root: Path, accelerator: Accelerator, model, optimizer, state: TrainState, save_total_limit: int
-) -> Path:
-    """Writes step-<step> under root, then removes the oldest beyond save_total_limit. All ranks.
-
-    Raises SaveError where any rank failed; the checkpoints there were stay as they are.
-    """
-    folder = root / f"step-{state.step:08d}"
-    temporary = root / f".tmp-{folder.name}"
-    rank, files = accelerator.process_index, {}
-    try:
-        error = None
-        try:
-            if accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        except IO_ERRORS as failure:
-            error = failure
-        agree(accelerator, error)
-        weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-        try:
-            dcp.save(
-                {"model": weights, "optimizer": optimizer_state},
-                checkpoint_id=temporary / "state",
-                no_dist=accelerator.num_processes == 1,
-            )
-            files = fingerprints(temporary, temporary.glob(f"state/__{rank}_*"))
-        except IO_ERRORS as failure:
-            error = failure
-        agree(accelerator, error)
-        parts = gather_object([files])
-        try:
-            if accelerator.is_main_process:
-                write_json(temporary / "trainer.json", dataclasses.asdict(state))
-                files = {name: value for part in parts for name, value in part.items()}
-                files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
-                write_json(temporary / "manifest.json", files)
-                sync_folder(temporary / "state")
-                temporary.rename(folder)
-                sync_folder(root)
-        except IO_ERRORS as failure:
-            error = failure
-        agree(accelerator, error)
-    except SaveError as error:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        # A full disk may come to light as some other error of a writer.
-        free = shutil.disk_usage(root.parent).free / 1e9
-        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}") from error
-    if accelerator.is_main_process:
-        for old in checkpoints(root)[save_total_limit:]:
-            trash = old.with_name(f".trash-{old.name}")
-            old.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return folder
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -184,7 +105,9 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
             no_dist=accelerator.num_processes == 1,
         )
     except IO_ERRORS as error:
-        why = reason(error, accelerator.process_index)
+        while isinstance(error, CheckpointException):  # it wraps those of all ranks
+            error, _ = next(iter(error.failures.values()))
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RunError(f"cannot go on from {folder}: {why}; is --model the one it was made with?") from error
     set_state_dict(
         model,

@@ -5,25 +5,21 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from loop.checkpoint import SaveError, save_checkpoint
 from loop.config import TrainConfig
 from loop.evaluate import evaluate
 from loop.interrupt import Interrupt
 from loop.optimizer import lr_at
 from loop.processes import to_device
-from loop.run_folder import RunError
+from loop.saving import CheckpointWriter, SaveError
 from loop.state import TrainState
 from loop.step import train_step
 from loop.tracking import Tracker, peak_memory_gib
-
-MAX_FAILED_SAVES_IN_A_ROW = 3
 
 
 def fit(
@@ -36,6 +32,7 @@ def fit(
     step_batch: Callable,  # step -> data.batches.StepBatch
     eval_batches: list[dict],
     max_steps: int,
+    checkpoints: CheckpointWriter,
     export_best: Callable[[], None],  # all ranks; raises SaveError
     interrupt: Interrupt,
 ) -> str:
@@ -51,7 +48,7 @@ def fit(
         disable=None if accelerator.is_main_process else True,
     )
     seconds, num_tokens, num_steps = 0.0, 0, 0  # of the training since the last row of train metrics
-    stop, failed_saves = False, 0
+    stop = False
     if state.step == 0:
         keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps)
 
@@ -107,15 +104,8 @@ def fit(
         stop = interrupt.requested(accelerator)
         is_last = state.step == max_steps or state.early_stopping.should_stop or stop
         if due(config.save_steps) or is_last:
-            try:
-                root = Path(config.output_dir) / "checkpoints"
-                save_checkpoint(root, accelerator, model, optimizer, state, config.save_total_limit)
-                failed_saves = 0
-            except SaveError as error:
-                failed_saves += 1
-                if is_last or failed_saves == MAX_FAILED_SAVES_IN_A_ROW:
-                    raise RunError(f"the checkpoint of step {state.step} could not be written: {error}") from error
-                say(accelerator, f"warning: no checkpoint at step {state.step}, training goes on: {error}")
+            checkpoints.save(model, optimizer, state)
+    checkpoints.wait(is_last=True)
     bar.close()
     if state.early_stopping.should_stop:
         return "early_stopped"

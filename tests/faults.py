@@ -64,7 +64,12 @@ def in_step(step: int, action) -> None:
 
 
 def kill_in_step(step: int) -> None:
-    in_step(step, kill)
+    """Once the checkpoint before it is written."""
+    from loop.saving import CheckpointWriter
+
+    writers = []
+    before(CheckpointWriter, "save", lambda: None, lambda self, *_: writers.append(self))
+    in_step(step, lambda: ([writer.writing[1].exception() for writer in writers[-1:]], kill()))
 
 
 def signal_in_step(step: int, number: int = signal.SIGTERM, only_rank: int | None = None) -> None:
@@ -76,17 +81,17 @@ def kill_at(stage: str) -> None:
     """SIGKILL the first time that a save or an export reaches a stage."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    import loop.checkpoint
+    import loop.saving
     import model.qwen3
 
     if stage == "begin":
-        before(loop.checkpoint.dcp, "save", kill)
+        before(loop.saving.dcp, "save", kill)
     elif stage == "shards":
         after(FileSystemWriter, "write_data", kill, lambda *_: rank() == 0)
     elif stage == "second_rank":
         before(FileSystemWriter, "write_data", kill, lambda *_: rank() == 1)
     elif stage == "before_rename":
-        after(loop.checkpoint, "write_json", kill, lambda path, _: path.name == "manifest.json")
+        after(loop.saving, "write_json", kill, lambda path, _: path.name == "manifest.json")
     elif stage == "after_rename":
         after(Path, "rename", kill, lambda path, _: path.name.startswith(".tmp-step"))
     elif stage == "pruning":
@@ -98,7 +103,7 @@ def kill_at(stage: str) -> None:
 
         doomed = []
         before(
-            loop.checkpoint.shutil,
+            loop.saving.shutil,
             "rmtree",
             half_way,
             lambda path, *_: ".trash-" in str(path) and not doomed.append(path),
@@ -147,6 +152,7 @@ def resave(folder: str) -> None:
     """Saves what a resume has loaded, before any step is made, as another checkpoint."""
     import loop.checkpoint as checkpoint
     from loop.early_stopping import EarlyStopping
+    from loop.saving import CheckpointWriter
     from loop.state import TrainState
 
     load = checkpoint.load_checkpoint
@@ -154,7 +160,9 @@ def resave(folder: str) -> None:
     def load_and_save(source, accelerator, model, optimizer):
         load(source, accelerator, model, optimizer)
         state = TrainState(EarlyStopping(0), "", step=int(source.name[5:]))
-        checkpoint.save_checkpoint(Path(folder), accelerator, model, optimizer, state, 99)
+        writer = CheckpointWriter(Path(folder), 99, accelerator.device)
+        writer.save(model, optimizer, state)
+        writer.wait(is_last=True)
 
     checkpoint.load_checkpoint = load_and_save
 
@@ -219,8 +227,8 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.api import CheckpointException
 
-    import loop.checkpoint
     import loop.fit
+    import loop.saving
     import model.qwen3
 
     raised = {
@@ -232,8 +240,10 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
         "SafetensorError": SafetensorError("I/O error: No space left on device (os error 28)"),
     }[error]
     now = [None]
-    before(loop.fit, "save_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[4].step))
-    before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+    if where == "export":
+        before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+    else:
+        before(loop.saving, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"]))
 
     def fail():
         raise raised
@@ -244,7 +254,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     if where == "shards":
         before(FileSystemWriter, "write_data", fail, here)
     elif where == "manifest":
-        before(loop.checkpoint, "write_json", fail, here)
+        before(loop.saving, "write_json", fail, here)
     elif where == "export":
         before(model.qwen3, "generation_config", fail, here)
     else:
