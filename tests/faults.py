@@ -267,3 +267,16 @@ def started_apart() -> None:
 
     PartialState(cpu=True)
     os.environ["WORLD_SIZE"] = "2"
+
+
+def card_of(gib: float) -> None:
+    """The device has so much memory."""
+    import loop.memory
+
+    loop.memory.memory_of = lambda device: gib * 2**30
+
+
+def kill_in_loading() -> None:
+    import model.qwen3
+
+    model.qwen3.load_model = lambda *args, **kwargs: kill()

@@ -1,0 +1,150 @@
+"""Memory profiles: what is predicted is what is there, and what does not fit is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import good_row
+from ranks import run
+from runs import assert_same_end, metrics_of, newest, weights_and_moments
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from loop.config import TrainConfig
+from loop.memory import GIB, PROFILES, choose, memory_table, plan_all, predict
+from loop.optimizer import make_optimizer
+from loop.run_folder import RunError
+from model.attention import PACKED
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    """Qwen3-1.7B without weights."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, intermediate_size=6144, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def plans(qwen3, lengths=(2048, 1100, 800, 700), shards=1, **settings):
+    return plan_all(TrainConfig(**settings), qwen3, list(lengths), CARD, shards)
+
+
+def test_each_profile_fits_its_card_at_2048_tokens(qwen3):
+    assert sum(p.numel() for p in qwen3.parameters()) == 1_720_574_976
+    totals = {name: plan.total / GIB for name, plan in plans(qwen3).items()}
+    assert totals["32g"] < 31 and totals["24g"] < 23 and totals["16g"] < 15
+    assert totals["speed"] > totals["32g"] > totals["24g"] > totals["16g"]
+
+
+def test_auto_is_the_fastest_that_computes_the_same_and_fits(qwen3):
+    for gib, name in ((139, "speed"), (79, "speed"), (47, "32g"), (31, "32g")):
+        assert choose(plans(qwen3), "auto", CARD, gib * GIB).name == name
+    for gib, advice in ((23.5, "--memory 24g"), (15.5, "--memory 16g"), (7, "no profile fits")):
+        with pytest.raises(RunError, match=advice):
+            choose(plans(qwen3), "auto", CARD, gib * GIB)
+    with pytest.raises(RunError, match="--memory 32g needs"):
+        choose(plans(qwen3), "speed", CARD, 40 * GIB)
+    table = memory_table(plans(qwen3), "auto", CARD, 31 * GIB)
+    assert "auto is 32g" in table and "moments in 8 bits" in table and "stochastically" in table
+    assert choose(plans(qwen3, shards=8), "auto", CARD, 31 * GIB).name == "speed"
+
+
+def test_settings_take_the_place_of_the_profiles(qwen3):
+    plan = plans(qwen3, gradient_checkpointing="off", micro_batch_tokens=3000)["32g"]
+    assert not plan.profile.gradient_checkpointing and plan.profile.micro_batch_tokens == 3000
+    by_tokens = [plans(qwen3, micro_batch_tokens=n)["speed"].total for n in (0, 2048, 3000, 10_000, 99_999)]
+    assert by_tokens == sorted(by_tokens) and by_tokens[0] == by_tokens[1] and by_tokens[3] == by_tokens[4]
+
+
+# In fp32 what autograd keeps can be counted; under autocast temporaries of the CPU kernels come and go.
+@pytest.mark.parametrize(("autocast", "dtype", "tolerance"),
+                         [(False, torch.float32, 0.02), (True, torch.float32, 0.1), (True, torch.bfloat16, 0.1)])  # fmt: skip
+def test_activations_are_as_many_as_autograd_keeps(autocast, dtype, tolerance):
+    sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=768)
+    config = Qwen3Config(vocab_size=64, num_hidden_layers=1, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(length: int) -> int:
+        storages, alive = {}, []
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        hidden = torch.randn(1, length, 256, dtype=dtype, requires_grad=True)
+        positions = model.model.rotary_emb(hidden, torch.arange(length)[None])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+                model.model.layers[0](
+                    hidden * 1, position_embeddings=positions, attention_mask=None,
+                    cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
+                )  # fmt: skip
+        return sum(storages.values())
+
+    profile = PROFILES["speed"]._replace(weights=dtype)
+    predicted = predict(profile, model, 1000, autocast, CPU, 1)["activations"]
+    assert (kept(1200) - kept(200)) == pytest.approx(predicted, rel=tolerance)
+
+
+def test_8_bit_moments_take_the_bytes_that_are_predicted():
+    pytest.importorskip("torchao")
+    config = Qwen3Config(vocab_size=4096, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=32, intermediate_size=128)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = make_optimizer(model, 1e-3, 0.0, "adamw_8bit")
+    states = [optimizer._new_buffer(p, signed) for p in model.parameters() for signed in (True, False)]
+    size = sum(
+        sum(part.nbytes for part in (state.codes, state.scale)) if hasattr(state, "codes") else state.nbytes
+        for state in states
+    )
+    predicted = predict(PROFILES["24g"], model, 100, True, CPU, 1)["optimizer states"]
+    assert size == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
+    return ["tiny", "--dataset", rows, "--max-steps", "6", "--eval-steps", "3", "--save-steps", "3",
+            "--logging-steps", "1", "--max-length", "192", "--val-fraction", "0.3"]  # fmt: skip
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(command, tmp_path):
+    args = [*command, "--output-dir", tmp_path / "run"]
+    outcome = run(args, "one", "(card_of(0.5), kill_in_loading())", tmp_path / "log")
+    assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
+    assert "cpu has 0.5 GiB" in outcome.output and "no profile fits" in outcome.output
+    outcome = run([*args, "--dry-run"], "one", "card_of(0.5)", tmp_path / "log")
+    assert outcome.codes == [0] and "optimizer states" not in outcome.output and "--memory 16g" in outcome.output
+    outcome = run([*args, "--dry-run"], log=tmp_path / "log")
+    assert outcome.codes == [0] and "auto is speed" in outcome.output and "optimizer states" in outcome.output
+
+
+@pytest.mark.parametrize("memory", ["24g", "16g"])
+def test_small_cards_learn_the_same_and_resume_to_the_bit(command, memory, tmp_path):
+    pytest.importorskip("torchao")
+    ends = {}
+    for name, more in (("exact", []), ("whole", ["--memory", memory])):
+        outcome = run([*command, *more, "--output-dir", tmp_path / name], log=tmp_path / "log")
+        assert outcome.codes == [0], outcome.output
+        ends[name] = metrics_of(tmp_path / name)[-1]["eval/loss"]
+    start = metrics_of(tmp_path / "exact")[0]["eval/loss"]
+    assert start - ends["exact"] > 0.3
+    assert abs(ends["whole"] - ends["exact"]) < 0.1 * (start - ends["exact"])
+    args = [*command, "--memory", memory, "--output-dir", tmp_path / "run", "--resume"]
+    assert run(args, "one", "kill_in_step(4)", tmp_path / "log").codes == [-9]
+    outcome = run(args, log=tmp_path / "log")
+    assert outcome.codes == [0] and "resumed from" in outcome.output, outcome.output
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    dtype = torch.bfloat16 if memory == "16g" else torch.float32
+    assert weights_and_moments(newest(tmp_path / "run"))["model"]["causal_lm.model.norm.weight"].dtype == dtype
+    refusal = run([*args, "--memory", "32g"], log=tmp_path / "log")
+    assert refusal.codes == [2] and "optim: 'adamw_8bit' -> 'adamw'" in refusal.output

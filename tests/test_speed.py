@@ -1,0 +1,166 @@
+"""What makes a step fast computes what the plain step computes."""
+
+import itertools
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from runs import weights_and_moments
+from torch._dynamo.utils import counters
+
+from data.batches import cut, rank_batches, share_out
+from loop.early_stopping import EarlyStopping
+from loop.optimizer import make_optimizer
+from loop.saving import CheckpointWriter
+from loop.state import TrainState
+from model.loss import HeadLoss
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_files_to_read_stay_short():
+    """step.py fits on a screen, fit.py on a page."""
+    assert len((ROOT / "loop/step.py").read_text().splitlines()) <= 65
+    assert len((ROOT / "loop/fit.py").read_text().splitlines()) <= 150
+
+
+# --- the cut of a step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_get_all_rows_once_and_near_equal_tokens(examples, ranks):
+    for start in range(0, 96, 12):
+        rows = examples[start : start + 12]
+        shares = share_out(rows, ranks)
+        assert sorted(row.where for share in shares for row in share) == sorted(row.where for row in rows)
+        assert {len(share) for share in shares} == {12 // ranks}
+        tokens = [sum(map(len, share)) for share in shares]
+        assert max(tokens) - min(tokens) <= max(map(len, rows)) / 2
+
+
+@pytest.mark.parametrize("budget", [1, 300, 700, 100_000])
+def test_micro_batches_are_as_few_as_their_tokens_allow(examples, budget):
+    rows = examples[:12]
+    batches = cut(rows, 1, budget)
+    assert sorted(row.where for batch in batches for row in batch) == sorted(row.where for row in rows)
+    assert all(sum(map(len, batch)) <= budget or len(batch) == 1 for batch in batches)
+    for one, other in itertools.pairwise(batches):  # no two could be one
+        assert sum(map(len, one)) + sum(map(len, other)) > budget
+    assert [len(batch) for batch in cut(rows, 5, 0)] == [5, 5, 2]
+
+
+def test_every_rank_makes_as_many_micro_batches_as_the_others(examples):
+    shares = [
+        rank_batches(examples, range(7), batch_size=1, micro_batch_tokens=400, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    targets = sum(len(batch["target_ids"]) for share in shares for batch in share)
+    assert targets == sum(len(row) - row.prompt_length for row in examples[:7])
+
+
+# --- the head -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("chunk", [1000, 300, 299, 7])
+def test_the_head_in_chunks_is_cross_entropy(dtype, tolerance, chunk):
+    """300 targets: in one chunk whose logits are kept, and in chunks made again; each target with its own weight."""
+    torch.manual_seed(1)
+    hidden = torch.randn(300, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    ids, scales = torch.randint(0, 50, (300,)), torch.rand(300, dtype=dtype)
+    expected = F.cross_entropy(hidden @ weight.T, ids, reduction="none")
+    wanted = torch.autograd.grad((expected * scales).sum(), (hidden, weight))
+    losses = HeadLoss.apply(hidden, weight, ids, chunk, True)
+    assert (losses - expected).abs().max() <= tolerance * expected.max()
+    for keep in (True, False):  # a second backward is as good as the first
+        found = torch.autograd.grad((losses * scales).sum(), (hidden, weight), retain_graph=keep)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_chunks_change_neither_loss_nor_gradients(make_model, examples):
+    (batch,) = rank_batches(examples, range(4), batch_size=4, micro_batch_tokens=0, rank=0, world_size=1)
+    results = []
+    for chunk in (10**6, 100, 33):
+        model = make_model(loss_chunk=chunk)
+        loss = model(**batch)
+        results.append((loss, torch.autograd.grad(loss.sum(), list(model.parameters()))))
+    for loss, gradients in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        assert_gradients_close(gradients, results[0][1])
+
+
+def assert_gradients_close(ours, theirs, tolerance=1e-5) -> None:
+    scale = max(gradient.abs().max() for gradient in theirs)
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) <= tolerance * scale
+
+
+# --- compiled layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_compute_the_same_in_one_graph(make_model, examples, checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = make_model(checkpointing), make_model(checkpointing, compile=True)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for rows in ([0], [1, 2], [3, 4, 5, 6], range(7, 12), [12]):
+        (batch,) = rank_batches(examples, rows, batch_size=9, micro_batch_tokens=0, rank=0, world_size=1)
+        ours, theirs = compiled(**batch), plain(**batch)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+        gradients = [torch.autograd.grad(loss.sum(), list(m.parameters()))
+                     for loss, m in ((ours, compiled), (theirs, plain))]  # fmt: skip
+        assert_gradients_close(*gradients)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+# --- checkpoints behind the training ------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples, tmp_path, monkeypatch):
+    """The write is held back; the training goes on meanwhile, and the next save waits for it."""
+    import loop.saving
+
+    accelerator = Accelerator()
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, 1e-2, 0.0))
+    batches = rank_batches(examples, range(2), batch_size=2, micro_batch_tokens=0, rank=0, world_size=1)
+
+    def update() -> None:
+        model(**batches[0]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    release, write = threading.Event(), loop.saving.write_checkpoint
+    monkeypatch.setattr(loop.saving, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
+    with CheckpointWriter(tmp_path / "checkpoints", 2, torch.device("cpu")) as writer:
+        state = TrainState(EarlyStopping(0), "id", step=1)
+        writer.save(model, optimizer, state)
+        assert not (tmp_path / "checkpoints").exists()
+        update()
+        state.step = 2
+        asked = threading.Thread(target=writer.save, args=(model, optimizer, state))
+        asked.start()
+        asked.join(0.3)
+        assert asked.is_alive()  # for the first is not written yet
+        release.set()
+        asked.join()
+        writer.wait(is_last=True)
+    first, second = (weights_and_moments(tmp_path / f"checkpoints/step-0000000{step}") for step in (1, 2))
+    for name, weight in before.items():
+        assert torch.equal(first["model"][name], weight)
+    saved = [value for state in first["optimizer"]["state"].values() for value in state.values()]
+    assert len(saved) == len(moments)
+    assert sum(value.double().sum() for value in saved) == sum(value.double().sum() for value in moments)
+    name = "causal_lm.model.norm.weight"
+    assert torch.equal(second["model"][name], model.state_dict()[name]) and not torch.equal(
+        second["model"][name], first["model"][name]
+    )
