@@ -23,6 +23,7 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from loop.run_folder import RunError
 
@@ -94,7 +95,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
     Raises RunError where the checkpoint is of another model, or holds what no checkpoint of a run holds.
     """
     weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-    target = {"model": weights, "optimizer": optimizer_state}
+    target = plain_tensors({"model": weights, "optimizer": optimizer_state})
     reader = PlainReader(folder / "state")
     try:
         reader.read_metadata()  # once more, because dcp.load prints a traceback where this fails
@@ -113,8 +114,28 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
         model,
         optimizer.optimizer,
         model_state_dict=target["model"],
-        optim_state_dict=target["optimizer"],
+        optim_state_dict=with_wrappers(target["optimizer"], optimizer_state),
     )
+
+
+def plain_tensors(state):
+    """state with each 8-bit moment as the plain tensors it is made of, which share its memory."""
+    if isinstance(state, dict):
+        return {key: plain_tensors(value) for key, value in state.items()}
+    if is_wrapper(state):
+        return {name: getattr(state, name) for name in state.__tensor_flatten__()[0]}
+    return state
+
+
+def with_wrappers(loaded, state):
+    """What was loaded in the form of state: into the plain tensors of a wrapper it was loaded in place."""
+    if isinstance(state, dict):
+        return {key: with_wrappers(loaded[key], value) for key, value in state.items()}
+    return state if is_wrapper(state) else loaded
+
+
+def is_wrapper(value) -> bool:
+    return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
 
 
 class PlainPlanner(DefaultLoadPlanner):

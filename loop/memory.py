@@ -54,6 +54,8 @@ def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.d
     training rows, in tokens. shards: processes that share weights, gradients and states."""
     plans = {}
     for name, profile in PROFILES.items():
+        if shards > 1 and profile.optim != "adamw":
+            continue  # its moments are shared out already
         if config.gradient_checkpointing != "auto":
             profile = profile._replace(gradient_checkpointing=config.gradient_checkpointing == "on")
         if config.micro_batch_tokens >= 0:
@@ -75,6 +77,8 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
 
     Raises RunError where it does not fit, naming the profile that does.
     """
+    if memory not in ("auto", *plans):
+        raise RunError(f"--memory {memory} is for one GPU or DDP; with FSDP2 choose among auto, {', '.join(plans)}")
     for name in ("speed", "32g") if memory == "auto" else (memory,):
         if plans[name].total <= available:
             return plans[name]

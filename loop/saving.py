@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from tqdm import tqdm
 
-from loop.checkpoint import IO_ERRORS, checkpoints, fingerprints
+from loop.checkpoint import IO_ERRORS, checkpoints, fingerprints, plain_tensors
 from loop.run_folder import RunError, sync_folder, write_json
 from loop.state import TrainState
 
@@ -58,7 +58,7 @@ class CheckpointWriter:
         """Waits for the write before, copies, and begins to write. Raises what `wait` raises."""
         self.wait()
         weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-        copy = self.stager.stage({"model": weights, "optimizer": optimizer_state})
+        copy = self.stager.stage(plain_tensors({"model": weights, "optimizer": optimizer_state}))
         facts = dataclasses.asdict(state)
         write = self.thread.submit(write_checkpoint, self.root, copy, facts, self.save_total_limit, self.group)
         self.writing = state.step, write

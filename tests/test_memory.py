@@ -51,6 +51,8 @@ def test_auto_is_the_fastest_that_computes_the_same_and_fits(qwen3):
     table = memory_table(plans(qwen3), "auto", CARD, 31 * GIB)
     assert "auto is 32g" in table and "moments in 8 bits" in table and "stochastically" in table
     assert choose(plans(qwen3, shards=8), "auto", CARD, 31 * GIB).name == "speed"
+    with pytest.raises(RunError, match="one GPU or DDP"):
+        choose(plans(qwen3, shards=8), "24g", CARD, 31 * GIB)
 
 
 def test_settings_take_the_place_of_the_profiles(qwen3):
@@ -61,8 +63,10 @@ def test_settings_take_the_place_of_the_profiles(qwen3):
 
 
 # In fp32 what autograd keeps can be counted; under autocast temporaries of the CPU kernels come and go.
-@pytest.mark.parametrize(("autocast", "dtype", "tolerance"),
-                         [(False, torch.float32, 0.02), (True, torch.float32, 0.1), (True, torch.bfloat16, 0.1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("autocast", "dtype", "tolerance"),
+    [(False, torch.float32, 0.02), (True, torch.float32, 0.1), (True, torch.bfloat16, 0.1)],
+)
 def test_activations_are_as_many_as_autograd_keeps(autocast, dtype, tolerance):
     sizes = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=768)
     config = Qwen3Config(vocab_size=64, num_hidden_layers=1, **sizes)
@@ -81,12 +85,12 @@ def test_activations_are_as_many_as_autograd_keeps(autocast, dtype, tolerance):
 
         hidden = torch.randn(1, length, 256, dtype=dtype, requires_grad=True)
         positions = model.model.rotary_emb(hidden, torch.arange(length)[None])
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-                model.model.layers[0](
-                    hidden * 1, position_embeddings=positions, attention_mask=None,
-                    cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
-                )  # fmt: skip
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            model.model.layers[0](
+                hidden * 1, position_embeddings=positions, attention_mask=None,
+                cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
+            )  # fmt: skip
         return sum(storages.values())
 
     profile = PROFILES["speed"]._replace(weights=dtype)
@@ -97,7 +101,7 @@ def test_activations_are_as_many_as_autograd_keeps(autocast, dtype, tolerance):
 def test_8_bit_moments_take_the_bytes_that_are_predicted():
     pytest.importorskip("torchao")
     config = Qwen3Config(vocab_size=4096, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=32, intermediate_size=128)  # fmt: skip
+                         num_key_value_heads=2, head_dim=32, intermediate_size=128)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = make_optimizer(model, 1e-3, 0.0, "adamw_8bit")
     states = [optimizer._new_buffer(p, signed) for p in model.parameters() for signed in (True, False)]

