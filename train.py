@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> None:
     swanlab_mode = "disabled" if config.dry_run else choose_mode(config)
     accelerator = make_accelerator(config)
     if config.resume:
-        config = keep_global_batch(config, accelerator.num_processes)
+        config = on_main_process(accelerator, lambda: keep_global_batch(config, accelerator.num_processes))
 
     # --- data: every rank reads the same rows, the main process writes them down ----------------
     with accelerator.local_main_process_first():  # a download happens once

@@ -108,8 +108,8 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_complete_checkpoint(strategy, co
         outcome = run(args, strategy, f"kill_at('{stage}')", tmp_path / "log")
         assert -9 in outcome.codes, (stage, outcome.output)
         assert "resumed from" in outcome.output, stage
-        sound = [folder for folder in checkpoints(out / "checkpoints") if verify(folder) is None]
-        assert sound == checkpoints(out / "checkpoints")[:3] and sound, stage
+        left = checkpoints(out / "checkpoints")  # more than the limit where a kill came before the pruning
+        assert left and [verify(folder) for folder in left] == [None] * len(left), stage
     assert set(run(args, strategy, log=tmp_path / "log").codes) == {0}
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
     assert_same_end(out, whole(strategy))
