@@ -1,0 +1,76 @@
+"""How long the training stands still for a checkpoint, and how long the write behind it takes.
+
+python benchmarks/checkpoint.py        # CPU: a small Qwen3 of 103 million parameters; CUDA: Qwen3-1.7B's shape
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def main() -> None:
+    import torch
+    from compare import LR, SHAPES, finish
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from data.batches import rank_batches
+    from data.encode import Example
+    from loop.config import TrainConfig
+    from loop.early_stopping import EarlyStopping
+    from loop.memory import PROFILES
+    from loop.optimizer import make_optimizer
+    from loop.processes import make_accelerator, to_device
+    from loop.saving import CheckpointWriter
+    from loop.state import TrainState
+    from loop.step import train_step
+    from model.attention import PACKED
+    from model.loss import SFTModel
+
+    accelerator = make_accelerator(TrainConfig())
+    device = accelerator.device
+    config = Qwen3Config(**SHAPES["1.7b" if device.type == "cuda" else "small"], tie_word_embeddings=True)
+    with device:
+        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32).train()
+    model = SFTModel(causal_lm, PROFILES["speed"].loss_chunk)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, LR, 0.0))
+    lengths = json.loads((HERE / "lengths.json").read_text())[:4]
+    rows = [Example(torch.randint(config.vocab_size, (length,)), prompt, end, "") for prompt, end, length in lengths]
+    batches = rank_batches(rows, range(4), batch_size=1, micro_batch_tokens=16384, rank=0, world_size=1)
+    state = TrainState(EarlyStopping(0), "")
+
+    def step() -> float:
+        begin = time.perf_counter()
+        train_step(model, optimizer, to_device(batches, device), accelerator, LR, 1.0)
+        finish(device)
+        return time.perf_counter() - begin
+
+    step()
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder), 2, device) as writer:
+        for number in range(1, 4):
+            plain = statistics.median(step() for _ in range(3))
+            state.step = number
+            begin = time.perf_counter()
+            writer.save(model, optimizer, state)
+            stall = time.perf_counter() - begin
+            steps = [step() for _ in range(3)]
+            writer.wait(is_last=True)
+            whole = time.perf_counter() - begin
+            size = sum(path.stat().st_size for path in Path(folder, f"step-{number:08d}").rglob("*") if path.is_file())
+            during = ", ".join(f"{seconds:.2f}" for seconds in steps)
+            print(
+                f"{size / 1e9:.2f} GB: stands still {stall:.2f} s, {stall / (400 * plain):.2%} of 400 steps of "
+                f"{plain:.2f} s; steps meanwhile {during}; all written within {whole:.1f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
