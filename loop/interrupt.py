@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -23,6 +25,8 @@ class Interrupt:
     def __init__(self, output_dir: Path):
         self.stop_file = output_dir / "STOP"
         self.signalled_at: float | None = None
+        # On CPUs: asking must not wait for the device.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self.handle) for number in SIGNALS}
@@ -46,7 +50,11 @@ class Interrupt:
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. All ranks."""
         here = self.signalled_at is not None or (accelerator.is_main_process and self.stop_file.exists())
-        return bool(accelerator.reduce(torch.tensor(int(here), device=accelerator.device)))
+        if self.group is None:
+            return here
+        asked = torch.tensor(int(here))
+        dist.all_reduce(asked, group=self.group)
+        return bool(asked)
 
     def done(self) -> None:
         """Takes the STOP file away, or the next run would stop too. Any rank."""

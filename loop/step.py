@@ -51,8 +51,7 @@ def train_step(
 
     # --- update: edit here ----------------------------------------------------------------------
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)  # all ranks
-    # The one wait for the device in a step: the rest is there once the first number is.
-    metrics = StepMetrics(*loss_sums.tolist(), *num_targets.tolist(), float(grad_norm))
+    metrics = StepMetrics(*loss_sums.tolist(), *num_targets.tolist(), float(grad_norm))  # the one wait for the device
     if metrics.finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
