@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from loop.config import TrainConfig, is_main_process, parse_config, refuse
+from loop.command_line import is_main_process, parse_config, refuse
+from loop.config import TrainConfig
 
 
 def main(args: list[str] | None = None) -> None:
@@ -45,6 +46,7 @@ def main(args: list[str] | None = None) -> None:
 
 def run(config: TrainConfig) -> None:
     from accelerate.utils import set_seed
+    from torch.distributed.fsdp import register_fsdp_forward_method
     from transformers.utils.logging import disable_progress_bar
 
     from data.batches import rank_batches, step_batch, steps_per_epoch
@@ -53,13 +55,14 @@ def run(config: TrainConfig) -> None:
     from data.show import report_table, show_example
     from loop.checkpoint import load_checkpoint, newest_sound
     from loop.early_stopping import EarlyStopping
+    from loop.evaluate import EvalMetrics
     from loop.fit import fit
     from loop.interrupt import Interrupt
     from loop.memory import GIB, choose, memory_of, memory_table, plan_all
     from loop.optimizer import make_optimizer
     from loop.processes import end_processes, make_accelerator, on_main_process
-    from loop.run_folder import check_same_run, keep_global_batch, write_status
-    from loop.samples import answer_samples
+    from loop.run_folder import check_same_run, keep_global_batch, read_status, write_status
+    from loop.samples import Samples
     from loop.saving import CheckpointWriter, agree
     from loop.state import TrainState, read_state
     from loop.tracking import Tracker, choose_mode, peak_memory_gib
@@ -127,7 +130,7 @@ def run(config: TrainConfig) -> None:
     state.early_stopping.patience = config.early_stopping_patience
     state.early_stopping.min_delta = config.early_stopping_min_delta
     is_trained = state.step >= max_steps or state.early_stopping.should_stop
-    if is_trained and ((output_dir / "samples.jsonl").exists() or not best.exists()):
+    if is_trained and read_status(output_dir) in ("completed", "early_stopped"):
         accelerator.print(f"this run is finished: {state.summary(best)}")
         return
     if accelerator.is_main_process:
@@ -145,14 +148,16 @@ def run(config: TrainConfig) -> None:
             compile=config.compile == "on"
             or (config.compile == "auto" and device.type == "cuda" and max_steps >= 1000),
         )
-    model = SFTModel(causal_lm, profile.loss_chunk)
+    model = SFTModel(causal_lm, profile.loss_chunk, (config.think_weight, config.answer_weight))
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, profile.optim)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(model, "generate")
     if checkpoint:
         load_checkpoint(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resumed from {checkpoint}")
 
-    def export_best() -> None:
+    def export_best(metrics: EvalMetrics) -> None:
         """All ranks; raises SaveError."""
         weights, error = accelerator.get_state_dict(model), None
         if accelerator.is_main_process:
@@ -166,6 +171,7 @@ def run(config: TrainConfig) -> None:
     # --- train ----------------------------------------------------------------------------------
     facts |= {"world_size": accelerator.num_processes, "device": str(accelerator.device)}
     tracker = Tracker(config, swanlab_mode, state.run_id, state.step, accelerator.is_main_process, facts)
+    samples = Samples(config, split.val, val, tokenizer, tracker, state.step, accelerator.is_main_process)
 
     def report(status: str, **more) -> None:
         if accelerator.is_main_process:
@@ -194,6 +200,7 @@ def run(config: TrainConfig) -> None:
                 max_steps=max_steps,
                 checkpoints=checkpoints,
                 export_best=export_best,
+                answer_samples=lambda: samples.answer(model, accelerator, state.step),
                 interrupt=interrupt,
             )
         peak = peak_memory_gib(device)
@@ -205,9 +212,10 @@ def run(config: TrainConfig) -> None:
             interrupt.done()
         else:
             accelerator.print(f"{status.replace('_', ' ')}: {state.summary(best)}")
-            model, optimizer = accelerator.free_memory(model, optimizer)
+            best_step = state.early_stopping.best_step
+            model, optimizer, causal_lm = accelerator.free_memory(model, optimizer, causal_lm)
             if accelerator.is_main_process and best.exists():  # no best model where every evaluation was NaN
-                answer_samples(config, split.val[:3], state, tracker, accelerator.device)
+                samples.answer_with_best(best, device, best_step, state.step)
     except BaseException as error:
         report(getattr(error, "status", "failed"), error=f"{type(error).__name__}: {error}")
         tracker.finish("crashed", error=f"{type(error).__name__}: {error}")

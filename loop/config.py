@@ -1,19 +1,7 @@
-"""TrainConfig: every setting of a run, its presets, and the command line made from it.
+"""TrainConfig: every setting of a run, and its presets."""
 
-Nothing heavy is imported here: the command line answers before torch is loaded.
-"""
-
-import argparse
-import contextlib
 import dataclasses
-import difflib
-import io
-import os
-import sys
-from pathlib import Path
-from typing import Literal, NoReturn
-
-import tyro
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +39,9 @@ class TrainConfig:
     # Tokens in one micro-batch, for speed only: a step's rows on a process are laid end to end in as few as that
     # allows. 0: per_device_train_batch_size rows each; -1: as memory says.
     micro_batch_tokens: int = -1
+    # Weights of thinking and answer tokens in the loss that is trained; reported losses are never weighted.
+    think_weight: float = 1.0
+    answer_weight: float = 1.0
     # Peak learning rate.
     learning_rate: float = 1e-4
     # Shape of the decay after warmup, down to 0 at the last step (constant: no decay).
@@ -80,8 +71,14 @@ class TrainConfig:
     # An evaluation counts as better only by more than this.
     early_stopping_min_delta: float = 0.0
 
+    # Validation questions that the model answers at each evaluation (and up to 32 that the best one answers at the
+    # end); 0 turns it off.
+    num_samples: int = 3
+    # Longest of these answers in tokens, thinking included.
+    sample_max_new_tokens: int = 1024
+
     # --- output ---
-    # Folder of the run: data/, checkpoints/, best/, metrics.jsonl, samples.jsonl.
+    # Folder of the run: data/, checkpoints/, best/, metrics.jsonl, samples.jsonl, report.md.
     output_dir: str = "outputs/qwen3-1.7b-medical"
     # Write train metrics every so many steps.
     logging_steps: int = 10
@@ -89,6 +86,8 @@ class TrainConfig:
     save_steps: int = 400
     # Checkpoints kept, newest first; at least 2, for the newest may be the one that is damaged.
     save_total_limit: int = 2
+    # Language of report.md and of the model's README.
+    language: Literal["zh", "en"] = "zh"
     # SwanLab project and experiment name.
     swanlab_project: str = "qwen3-sft-medical"
     run_name: str = "qwen3-1.7b"
@@ -115,6 +114,10 @@ class TrainConfig:
             "save_total_limit": 2,
             "early_stopping_patience": 0,
             "early_stopping_min_delta": 0,
+            "num_samples": 0,
+            "sample_max_new_tokens": 1,
+            "think_weight": 0,
+            "answer_weight": 0,
             "learning_rate": 0,
             "weight_decay": 0,
             "max_grad_norm": 0,
@@ -129,6 +132,8 @@ class TrainConfig:
             raise ValueError(f"warmup_ratio must lie between 0 and 1, not {self.warmup_ratio}")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
             raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}")
+        if self.think_weight == self.answer_weight == 0:
+            raise ValueError("think_weight and answer_weight are both 0, which leaves nothing to train")
         for name in ("dataset", "model", "output_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty")
@@ -150,94 +155,8 @@ PRESETS = {
         eval_steps=25,
         logging_steps=5,
         save_steps=100,
+        sample_max_new_tokens=256,
         run_name="tiny",
         output_dir="outputs/tiny",
     ),
 }
-
-USAGE = """\
-accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
-
-PRESET is medical (default: the experiment) or tiny (embedded data and model, runs on a CPU).
---config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
-
-
-def parse_config(args: list[str]) -> TrainConfig:
-    """The configuration of a command line; a mistake in it is one message and exit status 2."""
-    args = list(args)
-    preset = args.pop(0) if args and not args[0].startswith("-") else "medical"
-    if preset not in PRESETS:
-        refuse(f"there is no preset {preset!r}; did you mean {nearest(preset, PRESETS)!r}?")
-    file_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    file_option.add_argument("--config")
-    try:
-        known, flags = file_option.parse_known_args(args)
-    except argparse.ArgumentError:
-        refuse("--config needs the name of a YAML file")
-    try:
-        config = PRESETS[preset]
-        if known.config is not None:
-            config = read_yaml(known.config, config)
-        config = read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
-        config.check()
-        return config
-    except ValueError as error:
-        refuse(str(error))
-
-
-def read_flags(flags: list[str], config: TrainConfig, quiet: bool, prog: str = "train.py") -> TrainConfig:
-    """config with flags applied; a wrong one is tyro's message (none where quiet) and exit status 2."""
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        return tyro.cli(
-            TrainConfig, args=flags, default=config, prog=prog, description=USAGE, console_outputs=not quiet
-        )
-
-
-def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
-    """config with the settings of a YAML file; values are read as the command line would read them."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        refuse(f"cannot read {path}: {' '.join(str(error).split())}")
-    if not isinstance(settings, dict):
-        refuse(f"{path} must hold lines of the form `setting: value`")
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    values = {}
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
-        flag = f"--{name}={value}"
-        if isinstance(value, bool):  # YAML reads a bare `on` as true
-            flag = (
-                f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else 'off'}"
-            )
-        try:
-            parsed = read_flags([flag], config, quiet=True)
-        except SystemExit:
-            expected = getattr(fields[name], "__args__", None) or fields[name].__name__
-            refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
-        values[name] = getattr(parsed, name)
-    config = dataclasses.replace(config, **values)
-    try:
-        config.check()
-        return config
-    except ValueError as error:
-        refuse(f"{path}: {error}")
-
-
-def nearest(word: str, choices) -> str:
-    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def refuse(message: str) -> NoReturn:
-    """One message for a user's mistake, from the main process alone, and exit status 2."""
-    if is_main_process():
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)

@@ -11,11 +11,14 @@ from loop.processes import to_device
 
 
 class EvalMetrics(NamedTuple):
-    """Mean cross-entropy per target token in nats; a part without targets has NaN."""
+    """Mean cross-entropy per target token in nats, and the share of targets that are the model's likeliest next
+    token after the true ones before; a part without targets has NaN."""
 
     loss: float
     think_loss: float
     answer_loss: float
+    think_accuracy: float
+    answer_accuracy: float
 
     @property
     def perplexity(self) -> float:
@@ -31,15 +34,15 @@ def evaluate(model: torch.nn.Module, micro_batches: Sequence[dict], accelerator:
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=accelerator.device)  # (loss, count) x (think, answer)
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=accelerator.device)  # (loss, correct, count) x (think, answer)
     for micro_batch in micro_batches:
         micro_batch = to_device(micro_batch, accelerator.device)
         is_think = micro_batch["is_think"]
-        sums[0] += model(**micro_batch)
-        sums[1] += torch.stack([is_think.sum(), (~is_think).sum()])
+        sums[:2] += model(**micro_batch, count_correct=True)
+        sums[2] += torch.stack([is_think.sum(), (~is_think).sum()])
     model.train(was_training)
-    (think, answer), (num_think, num_answer) = accelerator.reduce(sums).tolist()  # all ranks
-    return EvalMetrics(mean(think + answer, num_think + num_answer), mean(think, num_think), mean(answer, num_answer))
+    losses, correct, counts = accelerator.reduce(sums).tolist()  # all ranks
+    return EvalMetrics(mean(sum(losses), sum(counts)), *map(mean, losses, counts), *map(mean, correct, counts))
 
 
 def mean(total: float, count: float) -> float:

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from loop.config import TrainConfig
-from loop.evaluate import evaluate
+from loop.evaluate import EvalMetrics, evaluate
 from loop.interrupt import Interrupt
 from loop.optimizer import lr_at
 from loop.processes import to_device
@@ -33,7 +33,8 @@ def fit(
     eval_batches: list[dict],
     max_steps: int,
     checkpoints: CheckpointWriter,
-    export_best: Callable[[], None],  # all ranks; raises SaveError
+    export_best: Callable[[EvalMetrics], None],  # all ranks; raises SaveError
+    answer_samples: Callable[[], dict[str, float]],  # all ranks; returns format rates
     interrupt: Interrupt,
 ) -> str:
     """Trains from state.step on, updating state in place, and returns how that ended. All ranks.
@@ -49,8 +50,13 @@ def fit(
     )
     seconds, num_tokens, num_steps = 0.0, 0, 0  # of the training since the last row of train metrics
     stop = False
+
+    def evaluate_now() -> None:
+        metrics = evaluate(model, eval_batches, accelerator)
+        keep_best(accelerator, metrics, state, tracker, export_best, answer_samples, bar, max_steps)
+
     if state.step == 0:
-        keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps)
+        evaluate_now()
 
     while state.step < max_steps and not state.early_stopping.should_stop and not stop:
         started = time.perf_counter()
@@ -100,7 +106,7 @@ def fit(
             seconds, num_tokens, num_steps = 0.0, 0, 0
         bar.update()
         if due(config.eval_steps):
-            keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps)
+            evaluate_now()
         stop = interrupt.requested(accelerator)
         is_last = state.step == max_steps or state.early_stopping.should_stop or stop
         if due(config.save_steps) or is_last:
@@ -112,19 +118,19 @@ def fit(
     return "completed" if state.step >= max_steps else "interrupted"
 
 
-def keep_best(accelerator, model, state, tracker, eval_batches, export_best, bar, max_steps) -> None:
-    """Evaluates, and exports the model where the loss is the lowest so far. All ranks."""
-    metrics = evaluate(model, eval_batches, accelerator)
+def keep_best(accelerator, metrics, state, tracker, export_best, answer_samples, bar, max_steps) -> None:
+    """Exports the model where its loss is the lowest so far, and logs the evaluation with its samples. All ranks."""
     try:
         if state.early_stopping.is_better(metrics.loss):
-            export_best()
+            export_best(metrics)
         is_best = state.early_stopping.update(metrics.loss, state.step)
     except SaveError as error:  # best_loss always is that of the model in best/
         is_best = False
         say(accelerator, f"warning: the best model of step {state.step} could not be written: {error}")
     row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
     best_loss = math.nan if state.early_stopping.best_loss is None else state.early_stopping.best_loss
-    tracker.log({**row, "eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}, state.step)
+    row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
+    tracker.log(row | answer_samples(), state.step)
     if accelerator.is_main_process:
         verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.early_stopping.best_step}"
         bar.write(

@@ -19,7 +19,7 @@ FREE_SETTINGS = {
     "output_dir", "resume", "dry_run", "swanlab_project", "run_name", "swanlab_mode", "logging_steps",
     "save_steps", "save_total_limit", "per_device_eval_batch_size", "gradient_checkpointing",
     "micro_batch_tokens", "compile", "memory",
-    "early_stopping_patience", "early_stopping_min_delta",
+    "early_stopping_patience", "early_stopping_min_delta", "num_samples", "sample_max_new_tokens", "language",
     # The data is told by its tokens, so a file may move; the batch by its rows.
     "dataset", "model", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
@@ -70,7 +70,7 @@ def check_same_run(output_dir: Path, settings: dict) -> None:
     path = output_dir / "run.json"
     if not any((output_dir / name).exists() for name in TRAINED):
         return write_json(path, settings)
-    was = read_run(output_dir)
+    was = {**dataclasses.asdict(TrainConfig()), **read_run(output_dir)}  # a setting may be younger than the run
     names = [name for name in {**was, **settings} if name not in FREE_SETTINGS and not name.endswith("_version")]
     changed = [
         f"{name}: {was.get(name)!r} -> {settings.get(name)!r}" for name in names if was.get(name) != settings.get(name)
@@ -118,6 +118,14 @@ def write_status(output_dir: Path, status: str, **facts) -> None:
     """Replaces run_status.json. A full disk must not hide how a run ended, so nothing is raised."""
     with contextlib.suppress(OSError):
         write_json(output_dir / "run_status.json", {"status": status, "pid": os.getpid(), **facts})
+
+
+def read_status(output_dir: Path) -> str | None:
+    """What write_status wrote last; None where nothing can be read."""
+    try:
+        return json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,29 +1,99 @@
-"""What the best model answers."""
+"""What the model writes: some validation questions, answered at each evaluation and by the best model at the end."""
 
+import functools
+import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
-from data.medical import Row, write_jsonl
+from data.encode import Example
+from data.medical import Row
 from loop.config import TrainConfig
-from loop.state import TrainState
-from loop.tracking import Tracker
-from model.generate import load_for_generation, reply_to
+from loop.tracking import Tracker, keep_rows
+from model.generate import Reply, load_for_generation, ready_to_generate, reply_to
+
+NUM_OF_BEST = 32  # questions that the best model answers
 
 
-def answer_samples(
-    config: TrainConfig, rows: list[Row], state: TrainState, tracker: Tracker, device: torch.device
-) -> None:
-    """The best model answers validation questions: to the terminal, samples.jsonl and SwanLab."""
-    output_dir = Path(config.output_dir)
-    model, tokenizer = load_for_generation(output_dir / "best", device)
-    replies = reply_to(model, tokenizer, [row.messages[:-1] for row in rows], max_new_tokens=config.max_length)
-    samples = []
-    for row, reply in zip(rows, replies, strict=True):
-        question = row.messages[-2]["content"]
-        samples.append({"step": state.early_stopping.best_step, "question": question, **reply._asdict()})
-        thinking = reply.think if len(reply.think) <= 200 else reply.think[:200] + " ..."  # whole in samples.jsonl
-        print(f"\n[question] {question}\n[think] {thinking}\n[answer] {reply.answer}")
-    write_jsonl(output_dir / "samples.jsonl", samples)
-    texts = [(s["question"], f"Q: {s['question']}\n\nThink: {s['think']}\n\nA: {s['answer']}") for s in samples]
-    tracker.log_text("samples/replies", texts, state.step)
+class Samples:
+    """samples.jsonl: a line for each question and evaluation. The main process writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rows: list[Row],
+        examples: list[Example],
+        tokenizer,
+        tracker: Tracker,
+        step: int,
+        is_main_process: bool,
+    ):
+        """rows: of the validation side; those that examples left out are not asked. Keeps the lines up to step."""
+        fitting = {example.where for example in examples}
+        self.rows = [row for row in rows if row.where in fitting]
+        self.num_samples = config.num_samples
+        self.max_new_tokens = config.sample_max_new_tokens
+        self.tokenizer, self.tracker, self.is_main_process = tokenizer, tracker, is_main_process
+        self.path = Path(config.output_dir) / "samples.jsonl"
+        if is_main_process:
+            keep_rows(self.path, step, lambda row: row["model"] == "training")
+
+    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """The model in training answers the first questions; returns its format rates. All ranks.
+
+        Each rank computes the same answers, for with FSDP2 every forward needs all of them.
+        """
+        if not self.num_samples:
+            return {}
+        rows, sft_model = self.rows[: self.num_samples], accelerator.unwrap_model(model)
+        generate = functools.partial(sft_model.generate, synced_gpus=accelerator.is_fsdp2)
+        with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
+            replies = reply_to(sft_model.causal_lm, self.tokenizer, prompts(rows), self.max_new_tokens, generate)
+        if self.is_main_process:
+            self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
+        return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
+
+    def answer_with_best(self, best: Path, device: torch.device, best_step: int, step: int) -> None:
+        """The best model answers up to 32 questions; the first few are printed. One rank alone."""
+        if not self.num_samples:
+            return
+        causal_lm, tokenizer = load_for_generation(best, device)
+        rows = self.rows[:NUM_OF_BEST]
+        replies = reply_to(causal_lm, tokenizer, prompts(rows), self.max_new_tokens)
+        lines = [line(best_step, "best", row, reply) for row, reply in zip(rows, replies, strict=True)]
+        self.write(lines)
+        rates = format_rates(replies)
+        self.tracker.log({f"best_format/{name}": rate for name, rate in rates.items()}, step)
+        for sample in lines[: self.num_samples]:
+            thinking = sample["think"] if len(sample["think"]) <= 200 else sample["think"][:200] + " ..."
+            print(f"\n[question] {sample['question']}\n[think] {thinking}\n[answer] {sample['answer']}")
+        print(f"\n{len(replies)} answers of the best model: " + ", ".join(f"{n} {r:.0%}" for n, r in rates.items()))
+
+    def write(self, lines: list[dict]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in lines)
+        texts = [(s["question"], f"Q: {s['question']}\n\nThink: {s['think']}\n\nA: {s['answer']}") for s in lines]
+        of_best = lines[0]["model"] == "best"
+        self.tracker.log_text("samples/best" if of_best else "samples/training", texts, lines[0]["step"])
+
+
+def prompts(rows: list[Row]) -> list[list[dict]]:
+    return [row.messages[:-1] for row in rows]
+
+
+def line(step: int, model: str, row: Row, reply: Reply) -> dict:
+    question, reference = row.messages[-2]["content"], row.messages[-1]["content"]
+    return {"step": step, "model": model, "question": question, **reply._asdict(), "reference": reference}
+
+
+def format_rates(replies: list[Reply]) -> dict[str, float]:
+    """Shares of replies: one closed block of thinking; a closed one and an answer; ended by an end token; a closed
+    block with nothing in it."""
+    counts = {
+        "closed": sum(reply.closed for reply in replies),
+        "answered": sum(reply.closed and bool(reply.answer) for reply in replies),
+        "stopped": sum(reply.stopped for reply in replies),
+        "empty_think": sum(reply.closed and not reply.think for reply in replies),
+    }
+    return {name: count / len(replies) for name, count in counts.items()}

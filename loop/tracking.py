@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from loop.config import TrainConfig
@@ -175,24 +176,25 @@ class Tracker:
             print(f"SwanLab: upload this run with  swanlab sync --id {self.run_id} {newest(self.directory)}")
 
 
-def keep_rows(path: Path, step: int) -> None:
-    """Leaves in metrics.jsonl what the run up to `step` wrote: later rows are about to be made again.
+def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: True) -> None:
+    """Leaves in a file of JSON lines what the run up to `step` wrote: later rows are about to be made again.
 
     A run that begins (step 0) makes all of them.
     """
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [line for line in lines if step > 0 and is_row_until(line, step)]
-        temporary = path.with_name(".tmp-metrics.jsonl")
+        rows = [line for line in lines if step > 0 and is_kept(line, step, keep)]
+        temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
 
 
-def is_row_until(line: str, step: int) -> bool:
+def is_kept(line: str, step: int, keep: Callable[[dict], bool]) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        row = json.loads(line)
     except ValueError:  # a line that a kill cut off
         return False
+    return row["step"] <= step and keep(row)
 
 
 def newest(directory: Path) -> Path:

@@ -12,20 +12,31 @@ WORDS = 16384
 class SFTModel(nn.Module):
     """A causal language model of transformers, from packed rows to the loss of each part."""
 
-    def __init__(self, causal_lm: nn.Module, loss_chunk: int):
+    def __init__(self, causal_lm: nn.Module, loss_chunk: int, part_weights: tuple[float, float] = (1.0, 1.0)):
         """loss_chunk: targets whose logits exist at one time. Fewer targets than that are one chunk, and its
-        logits stay for the backward, in half precision under autocast; of several chunks they are made again."""
+        logits stay for the backward, in half precision under autocast; of several chunks they are made again.
+        part_weights: of think and answer targets, in the gradient alone: sums are returned unweighted."""
         super().__init__()
         self.causal_lm = causal_lm
         self.loss_chunk = loss_chunk
+        self.part_weights = part_weights
 
     def forward(
-        self, input_ids, position_ids, cu_seqlens, max_seqlen, target_positions, target_ids, is_think
+        self,
+        input_ids,
+        position_ids,
+        cu_seqlens,
+        max_seqlen,
+        target_positions,
+        target_ids,
+        is_think,
+        count_correct: bool = False,
     ) -> torch.Tensor:
         """(2,) summed cross-entropy in nats of the think and of the answer targets, at least fp32.
 
-        Takes a micro-batch of `data.batches.collate`. Without targets the sums are 0 and so are all
-        gradients, which is what a rank short of rows needs.
+        With count_correct (2, 2), the second row counting the targets that are the likeliest token. Takes a
+        micro-batch of `data.batches.collate`. Without targets the sums are 0 and so are all gradients, which is
+        what a rank short of rows needs.
         """
         hidden = self.causal_lm.model(
             input_ids=input_ids,
@@ -35,14 +46,24 @@ class SFTModel(nn.Module):
             max_seqlen=max_seqlen,
         ).last_hidden_state[0]
         # The head runs only where there is a target.
-        losses = HeadLoss.apply(
+        losses, is_correct = HeadLoss.apply(
             hidden[target_positions],
             self.causal_lm.lm_head.weight,
             target_ids,
             self.loss_chunk,
             torch.is_grad_enabled(),
+            count_correct,
         )
-        return torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()])
+        sums = torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()])
+        if count_correct:
+            return torch.stack([sums, torch.stack([(is_correct & is_think).sum(), (is_correct & ~is_think).sum()])])
+        if sums.requires_grad and self.part_weights != (1.0, 1.0):
+            sums.register_hook(lambda gradient: gradient * gradient.new_tensor(self.part_weights))
+        return sums
+
+    def generate(self, **inputs) -> torch.Tensor:
+        """`generate` of the model inside, here because FSDP2 gathers the weights that lie outside its layers."""
+        return self.causal_lm.generate(**inputs)
 
     def tie_weights(self) -> None:
         """Called by accelerate, which ties the shards of FSDP2 anew."""
@@ -50,7 +71,8 @@ class SFTModel(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy in nats of a linear head: hidden (n, hidden_size), weight (words, hidden_size), ids (n,) -> (n,).
+    """Cross-entropy in nats of a linear head: hidden (n, hidden_size), weight (words, hidden_size), ids (n,) -> (n,),
+    and (n,) whether each target is the likeliest word, where that is asked for.
 
     Targets go in chunks. The gradient, softmax(logits) - onehot(ids), takes the place of a chunk's logits in
     their own memory, so a backward holds them once; autograd would hold them four times, three of these in
@@ -58,24 +80,29 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target_ids, chunk: int, with_grad: bool):
+    def forward(ctx, hidden, weight, target_ids, chunk: int, with_grad: bool, count_correct: bool):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.save_for_backward(hidden, weight, target_ids)
         ctx.chunk, ctx.logits = chunk, None
-        weight, losses = weight.to(ctx.dtype), []
+        weight, losses, is_correct = weight.to(ctx.dtype), [], []
         for rows, ids in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
             logits = rows.to(ctx.dtype) @ weight.T
             for block, block_ids in blocks(logits, ids):
                 log_probabilities = block.log_softmax(-1, dtype=at_least_fp32(block))
                 losses.append(-log_probabilities.gather(1, block_ids[:, None])[:, 0])
+                if count_correct:
+                    is_correct.append(block.argmax(-1) == block_ids)
         if with_grad and len(target_ids) <= chunk:
             ctx.logits = logits
-        return torch.cat(losses)
+        losses = torch.cat(losses)
+        is_correct = torch.cat(is_correct) if count_correct else losses.new_empty(0, dtype=torch.bool)
+        ctx.mark_non_differentiable(is_correct)
+        return losses, is_correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         hidden, weight, target_ids = ctx.saved_tensors
         half_weight, kept, ctx.logits = weight.to(ctx.dtype), ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
@@ -91,7 +118,7 @@ class HeadLoss(torch.autograd.Function):
             grad_rows.copy_(logits @ half_weight)
             for words, grad_words in blocks(logits.T, grad_weight, size=WORDS):
                 grad_words += words @ rows
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def blocks(*tensors: torch.Tensor, size: int = BLOCK):

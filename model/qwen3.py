@@ -126,6 +126,7 @@ def load_model(
             )
     except Exception as error:
         raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+    causal_lm.generation_config = generation_config(causal_lm, tokenizer)
     if gradient_checkpointing:
         # transformers renamed it after 5.17; both are non-reentrant by default.
         getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)()
@@ -196,7 +197,7 @@ def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Pa
     config = copy.deepcopy(causal_lm.config)
     config.dtype = torch.bfloat16
     config.save_pretrained(temporary)
-    generation_config(causal_lm, tokenizer).save_pretrained(temporary)
+    causal_lm.generation_config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for path in temporary.iterdir():
         # safetensors creates files that only their owner can read, whatever the umask.

@@ -29,7 +29,8 @@ from data.hub import HubError
 from data.medical import load_split, write_split
 from data.source import DataError
 from loop.checkpoint import fingerprints
-from loop.config import TrainConfig, parse_config
+from loop.command_line import parse_config
+from loop.config import TrainConfig
 from loop.run_folder import RunError, claim, write_json
 from model.qwen3 import export, load_model
 

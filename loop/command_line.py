@@ -1,0 +1,105 @@
+"""The command line of train.py: a preset, a YAML file, flags.
+
+Nothing heavy is imported here: the command line answers before torch is loaded.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from loop.config import PRESETS, TrainConfig
+
+USAGE = """\
+accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
+
+PRESET is medical (default: the experiment) or tiny (embedded data and model, runs on a CPU).
+--config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
+
+
+def parse_config(args: list[str]) -> TrainConfig:
+    """The configuration of a command line; a mistake in it is one message and exit status 2."""
+    args = list(args)
+    preset = args.pop(0) if args and not args[0].startswith("-") else "medical"
+    if preset not in PRESETS:
+        refuse(f"there is no preset {preset!r}; did you mean {nearest(preset, PRESETS)!r}?")
+    file_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    file_option.add_argument("--config")
+    try:
+        known, flags = file_option.parse_known_args(args)
+    except argparse.ArgumentError:
+        refuse("--config needs the name of a YAML file")
+    try:
+        config = PRESETS[preset]
+        if known.config is not None:
+            config = read_yaml(known.config, config)
+        config = read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
+        config.check()
+        return config
+    except ValueError as error:
+        refuse(str(error))
+
+
+def read_flags(flags: list[str], config: TrainConfig, quiet: bool, prog: str = "train.py") -> TrainConfig:
+    """config with flags applied; a wrong one is tyro's message (none where quiet) and exit status 2."""
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        return tyro.cli(
+            TrainConfig, args=flags, default=config, prog=prog, description=USAGE, console_outputs=not quiet
+        )
+
+
+def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
+    """config with the settings of a YAML file; values are read as the command line would read them."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        refuse(f"cannot read {path}: {' '.join(str(error).split())}")
+    if not isinstance(settings, dict):
+        refuse(f"{path} must hold lines of the form `setting: value`")
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    values = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
+        flag = f"--{name}={value}"
+        if isinstance(value, bool):  # YAML reads a bare `on` as true
+            flag = (
+                f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else 'off'}"
+            )
+        try:
+            parsed = read_flags([flag], config, quiet=True)
+        except SystemExit:
+            expected = getattr(fields[name], "__args__", None) or fields[name].__name__
+            refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
+        values[name] = getattr(parsed, name)
+    config = dataclasses.replace(config, **values)
+    try:
+        config.check()
+        return config
+    except ValueError as error:
+        refuse(f"{path}: {error}")
+
+
+def nearest(word: str, choices) -> str:
+    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse(message: str) -> NoReturn:
+    """One message for a user's mistake, from the main process alone, and exit status 2."""
+    if is_main_process():
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

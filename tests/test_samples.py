@@ -1,0 +1,131 @@
+"""What is seen while the model trains: accuracies, weighted parts, samples."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from runs import metrics_of
+from torch.nn.functional import cross_entropy
+
+from data.batches import collate
+from data.medical import to_messages
+from loop.evaluate import evaluate
+from loop.samples import format_rates
+from loop.step import train_step
+from model.generate import Reply, ready_to_generate, reply_to, split_reply
+
+
+def plain_logits(causal_lm, example):
+    with ready_to_generate(causal_lm):
+        return causal_lm(example.input_ids[None]).logits[0]
+
+
+@torch.no_grad()
+def test_accuracy_is_the_share_of_likeliest_tokens(examples, make_model, accelerator):
+    """Against transformers' own logits, row by row."""
+    model = make_model(loss_chunk=50)
+    model.causal_lm.lm_head.weight[examples[0].input_ids[-1]] *= 3  # a guess that is right at times
+    hits = {"think": [], "answer": []}
+    for example in examples[:8]:
+        likeliest = plain_logits(model.causal_lm, example).argmax(-1)[:-1]
+        right = likeliest == example.input_ids[1:]
+        hits["think"] += right[example.prompt_length - 1 : example.answer_start - 1].tolist()
+        hits["answer"] += right[example.answer_start - 1 :].tolist()
+    metrics = evaluate(model, [collate(examples[:5]), collate(examples[5:8])], accelerator)
+    assert metrics.think_accuracy == pytest.approx(sum(hits["think"]) / len(hits["think"]), abs=1e-12)
+    assert metrics.answer_accuracy == pytest.approx(sum(hits["answer"]) / len(hits["answer"]), abs=1e-12)
+
+
+def test_accuracy_of_a_model_that_knows_the_row(examples, make_model, accelerator):
+    model = make_model()
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    batch = [collate(examples[:1])]
+    for _ in range(60):
+        train_step(model, optimizer, batch, accelerator, lr=3e-3, max_grad_norm=1.0)
+    metrics = evaluate(model, batch, accelerator)
+    assert metrics.think_accuracy > 0.95 and metrics.answer_accuracy > 0.95
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0), (0.3, 2.0)])
+def test_weighted_parts_scale_the_gradient_and_not_the_report(examples, make_model, accelerator, weights):
+    """Gradient of sum(weight * loss) / num_tokens, made with transformers' logits; losses as without weights."""
+    rows = examples[:3]
+    expected = make_model()
+    total = torch.zeros(())
+    for example in rows:
+        losses = cross_entropy(
+            plain_logits(expected.causal_lm, example)[example.prompt_length - 1 : -1],
+            example.input_ids[example.prompt_length :],
+            reduction="none",
+        )
+        num_think = example.answer_start - example.prompt_length
+        total = total + weights[0] * losses[:num_think].sum() + weights[1] * losses[num_think:].sum()
+    (total / sum(len(example) - example.prompt_length for example in rows)).backward()
+
+    model, gradients = make_model(), {}
+    model.part_weights = weights
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    optimizer = accelerator.prepare(Keep(model.parameters(), lr=0.0))
+    weighted = train_step(model, optimizer, batches, accelerator, lr=0.0, max_grad_norm=1e9)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+    plain = make_model()
+    optimizer = accelerator.prepare(torch.optim.SGD(plain.parameters(), lr=0.0))
+    assert train_step(plain, optimizer, batches, accelerator, lr=0.0, max_grad_norm=1e9)[:4] == weighted[:4]
+
+
+def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, make_model):
+    """Packed attention, checkpointing and the training mode leave no trace in an answer, nor the answer in them."""
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(gradient_checkpointing=True)
+    plain = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa").eval()
+    plain.load_state_dict(model.causal_lm.state_dict())
+    plain.generation_config = model.causal_lm.generation_config
+    dialogues = [row.messages[:-1] for row in split.val[:3]]
+    with ready_to_generate(model.causal_lm):
+        ours = reply_to(model.causal_lm, tokenizer, dialogues, 24, model.generate)
+    assert ours == reply_to(plain, tokenizer, dialogues, 24)
+    assert model.causal_lm.training and model.causal_lm.config._attn_implementation == "packed"
+
+
+def test_format_rates():
+    replies = [
+        Reply("想", "答", closed=True, stopped=True),
+        Reply("", "答", closed=True, stopped=True),
+        Reply("想", "", closed=True, stopped=True),
+        Reply("想", "", closed=False, stopped=False),
+    ]
+    assert format_rates(replies) == {"closed": 0.75, "answered": 0.5, "stopped": 0.75, "empty_think": 0.25}
+
+
+def test_two_blocks_of_thinking_are_not_one(tokenizer):
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    for text in ("<think>\n一\n</think>\n\n<think>\n二\n</think>\n\n答", "<think>\n一\n</think>\n\n答</think>"):
+        assert not split_reply(tokenizer(text)["input_ids"], tokenizer, ends).closed
+
+
+def test_samples_of_a_run(train_py, tmp_path):
+    """Three at each evaluation, all of the validation side at the end; none with 0, and then the same training."""
+    args = ["tiny", "--max-steps", "4", "--eval-steps", "2", "--sample-max-new-tokens", "8"]
+    train_py(*args, "--output-dir", tmp_path / "with")
+    lines = [json.loads(line) for line in (tmp_path / "with/samples.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["model"]) for line in lines]
+    assert steps == [(step, "training") for step in (0, 2, 4) for _ in range(3)] + [(4, "best")] * 12
+    rows = [to_messages(json.loads(line), "") for line in (tmp_path / "with/data/val.jsonl").read_text().splitlines()]
+    assert [(line["question"], line["reference"]) for line in lines[-12:]] == [
+        (row[0]["content"], row[1]["content"]) for row in rows
+    ]
+    assert all(0 <= row["format/closed"] <= 1 for row in metrics_of(tmp_path / "with") if "eval/loss" in row)
+    assert "best_format/closed" in metrics_of(tmp_path / "with")[-1]
+
+    train_py(*args, "--num-samples", "0", "--output-dir", tmp_path / "without")
+    assert not (tmp_path / "without/samples.jsonl").exists()
+    best = [(tmp_path / run / "best/model.safetensors").read_bytes() for run in ("with", "without")]
+    assert best[0] == best[1]
