@@ -61,6 +61,7 @@ def run(config: TrainConfig) -> None:
     from loop.memory import GIB, choose, memory_of, memory_table, plan_all
     from loop.optimizer import make_optimizer
     from loop.processes import end_processes, make_accelerator, on_main_process
+    from loop.report import write_report
     from loop.run_folder import check_same_run, keep_global_batch, read_status, write_status
     from loop.samples import Samples
     from loop.saving import CheckpointWriter, agree
@@ -222,6 +223,8 @@ def run(config: TrainConfig) -> None:
         raise
     report(status, best_step=state.early_stopping.best_step, best_loss=state.early_stopping.best_loss)
     tracker.finish("aborted" if status == "interrupted" else "success")
+    if accelerator.is_main_process and best.exists() and status != "interrupted":
+        print(f"report: {write_report(output_dir, config.language)}")
     end_processes(accelerator)
 
 

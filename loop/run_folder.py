@@ -65,6 +65,18 @@ def claim(output_dir: Path, resume: bool):
     return lock
 
 
+def is_held(output_dir: Path) -> bool:
+    """Whether a process is training in output_dir. False where its file system has no locks."""
+    try:
+        with (output_dir / ".lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def check_same_run(output_dir: Path, settings: dict) -> None:
     """Writes run.json where nothing is trained yet; else raises RunError with every difference from it."""
     path = output_dir / "run.json"
@@ -111,7 +123,7 @@ def read_run(output_dir: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}; start another run: --output-dir OTHER") from error
+        raise RunError(f"{output_dir} is no folder of a run: cannot read {path} ({error})") from error
 
 
 def write_status(output_dir: Path, status: str, **facts) -> None:
