@@ -67,8 +67,9 @@ def run(config: TrainConfig) -> None:
     from loop.saving import CheckpointWriter, agree
     from loop.state import TrainState, read_state
     from loop.tracking import Tracker, choose_mode, peak_memory_gib
+    from model.export import card, export, restore_export
     from model.loss import SFTModel
-    from model.qwen3 import export, load_model, outline, restore_export
+    from model.qwen3 import load_model, outline
 
     disable_progress_bar()  # of loading and saving weights: the only bar is the loop's
     output_dir = Path(config.output_dir)
@@ -121,8 +122,10 @@ def run(config: TrainConfig) -> None:
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
     }
 
+    run_facts = {**dataclasses.asdict(config), **facts}
+
     def checkpoint_to_resume() -> Path | None:
-        check_same_run(output_dir, {**dataclasses.asdict(config), **facts})
+        check_same_run(output_dir, run_facts)
         restore_export(best)
         return newest_sound(output_dir / "checkpoints") if config.resume else None
 
@@ -164,7 +167,10 @@ def run(config: TrainConfig) -> None:
         if accelerator.is_main_process:
             try:
                 weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
-                export(causal_lm, weights, tokenizer, best)
+                figures = {"step": state.step, "perplexity": metrics.perplexity, **metrics._asdict()}
+                figures |= {"num_train": len(train), "num_val": len(val)}
+                texts = card(run_facts | figures, config.language, causal_lm.generation_config)
+                export(causal_lm, weights, tokenizer, best, texts)
             except Exception as failure:  # OSError, or safetensors' own
                 error = failure
         agree(error)

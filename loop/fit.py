@@ -50,13 +50,9 @@ def fit(
     )
     seconds, num_tokens, num_steps = 0.0, 0, 0  # of the training since the last row of train metrics
     stop = False
-
-    def evaluate_now() -> None:
-        metrics = evaluate(model, eval_batches, accelerator)
-        keep_best(accelerator, metrics, state, tracker, export_best, answer_samples, bar, max_steps)
-
+    evaluation = accelerator, model, state, tracker, eval_batches, export_best, answer_samples, bar, max_steps
     if state.step == 0:
-        evaluate_now()
+        keep_best(*evaluation)
 
     while state.step < max_steps and not state.early_stopping.should_stop and not stop:
         started = time.perf_counter()
@@ -106,7 +102,7 @@ def fit(
             seconds, num_tokens, num_steps = 0.0, 0, 0
         bar.update()
         if due(config.eval_steps):
-            evaluate_now()
+            keep_best(*evaluation)
         stop = interrupt.requested(accelerator)
         is_last = state.step == max_steps or state.early_stopping.should_stop or stop
         if due(config.save_steps) or is_last:
@@ -118,8 +114,9 @@ def fit(
     return "completed" if state.step >= max_steps else "interrupted"
 
 
-def keep_best(accelerator, metrics, state, tracker, export_best, answer_samples, bar, max_steps) -> None:
-    """Exports the model where its loss is the lowest so far, and logs the evaluation with its samples. All ranks."""
+def keep_best(accelerator, model, state, tracker, eval_batches, export_best, answer_samples, bar, max_steps) -> None:
+    """Evaluates, exports the model where its loss is the lowest so far, and has it answer. All ranks."""
+    metrics = evaluate(model, eval_batches, accelerator)
     try:
         if state.early_stopping.is_better(metrics.loss):
             export_best(metrics)

@@ -1,8 +1,5 @@
-"""The model: find it, load it, export it; and the tiny embedded one."""
+"""The model: find it, load it; and the tiny embedded one."""
 
-import copy
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -178,49 +175,6 @@ def tiny_config(tokenizer) -> Qwen3Config:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def export(causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays.
-
-    state_dict has causal_lm's own keys. A kill between the two renames leaves `.old-NAME`, which
-    `restore_export` puts back.
-    """
-    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
-    restore_export(folder)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state_dict.items()}
-    if causal_lm.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    causal_lm.save_pretrained(temporary, state_dict=weights)
-    config = copy.deepcopy(causal_lm.config)
-    config.dtype = torch.bfloat16
-    config.save_pretrained(temporary)
-    causal_lm.generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for path in temporary.iterdir():
-        # safetensors creates files that only their owner can read, whatever the umask.
-        path.chmod(0o666 & ~current_umask())
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_export(folder: Path) -> None:
-    """Puts the last export back where a kill struck between the two renames."""
-    old = folder.with_name(f".old-{folder.name}")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-
-
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def generation_config(causal_lm, tokenizer) -> GenerationConfig:

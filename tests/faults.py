@@ -82,7 +82,7 @@ def kill_at(stage: str) -> None:
     from torch.distributed.checkpoint import FileSystemWriter
 
     import loop.saving
-    import model.qwen3
+    import model.export
 
     if stage == "begin":
         before(loop.saving.dcp, "save", kill)
@@ -109,7 +109,7 @@ def kill_at(stage: str) -> None:
             lambda path, *_: ".trash-" in str(path) and not doomed.append(path),
         )
     elif stage == "export":
-        before(model.qwen3, "generation_config", kill)
+        before(model.export, "generation_config", kill)
     elif stage == "export_renames":
         before(Path, "rename", kill, lambda path, _: path.name == ".tmp-best")
     elif stage == "training":
@@ -229,7 +229,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
 
     import loop.fit
     import loop.saving
-    import model.qwen3
+    import model.export
 
     raised = {
         "OSError": OSError(28, "No space left on device"),
@@ -256,7 +256,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     elif where == "manifest":
         before(loop.saving, "write_json", fail, here)
     elif where == "export":
-        before(model.qwen3, "generation_config", fail, here)
+        before(model.export, "generation_config", fail, here)
     else:
         raise ValueError(where)
 

@@ -32,7 +32,8 @@ from loop.checkpoint import fingerprints
 from loop.command_line import parse_config
 from loop.config import TrainConfig
 from loop.run_folder import RunError, claim, write_json
-from model.qwen3 import export, load_model
+from model.export import export
+    from model.qwen3 import load_model
 
 # --- rows ---------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ def with_dropout(tmp_path_factory):
     import torch
 
     from data.medical import load_split
-    from model.qwen3 import export, load_model, tiny_tokenizer
+    from model.export import export
+    from model.qwen3 import load_model, tiny_tokenizer
 
     split = load_split("sample", "", 0.1, 42)
     tokenizer = tiny_tokenizer(

@@ -186,7 +186,7 @@ def test_the_house_stays_small():
 
 
 def test_an_export_interrupted_between_its_renames_is_put_back(finished, tmp_path):
-    from model.qwen3 import restore_export
+    from model.export import restore_export
 
     best = tmp_path / "best"
     shutil.copytree(finished[0] / "best", tmp_path / ".old-best")

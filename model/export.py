@@ -1,0 +1,92 @@
+"""The trained model as a folder that stands alone: weights, tokenizer, configuration, model card, Modelfile."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import GenerationConfig
+
+from model.qwen3 import generation_config
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def export(
+    causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path, texts: dict[str, str] | None = None
+) -> None:
+    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays.
+
+    state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames leaves `.old-NAME`, which
+    `restore_export` puts back.
+    """
+    temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    restore_export(folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state_dict.items()}
+    if causal_lm.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    causal_lm.save_pretrained(temporary, state_dict=weights)
+    config = copy.deepcopy(causal_lm.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(temporary)
+    generation_config(causal_lm, tokenizer).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for name, text in (texts or {}).items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    for path in temporary.iterdir():
+        # safetensors creates files that only their owner can read, whatever the umask.
+        path.chmod(0o666 & ~current_umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_export(folder: Path) -> None:
+    """Puts the last export back where a kill struck between the two renames."""
+    old = folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def card(facts: dict, language: str, sampling: GenerationConfig) -> dict[str, str]:
+    """README.md, the model card, and a Modelfile for Ollama. facts: settings of the run, and its figures.
+
+    The card's header keeps the system prompt that the model was trained with, for whoever talks to it.
+    """
+    header = {
+        "language": ["zh"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qwen3", "medical", "reasoning", "sft"],
+        "system_prompt": facts["system_prompt"],
+    }
+    # Where a model or dataset is a path, its name says enough, and the folders above it are nobody's business.
+    facts = facts | {
+        name: Path(facts[name]).name if Path(facts[name]).exists() else facts[name] for name in ("model", "dataset")
+    }
+    facts |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    text = TEMPLATES.get_template(f"card.{language}.md").render(facts)
+    return {
+        "README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}",
+        "Modelfile": TEMPLATES.get_template("Modelfile").render(facts),
+    }
