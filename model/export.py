@@ -90,3 +90,12 @@ def card(facts: dict, language: str, sampling: GenerationConfig) -> dict[str, st
         "README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}",
         "Modelfile": TEMPLATES.get_template("Modelfile").render(facts),
     }
+
+
+def system_prompt_of(folder: Path) -> str:
+    """The system prompt that an exported model was trained with; empty where its card names none."""
+    try:
+        _, header, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        return yaml.safe_load(header)["system_prompt"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ""

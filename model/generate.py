@@ -1,12 +1,19 @@
-"""Replies of a model, split into thinking and answer by token id."""
+"""Replies of a model, whole or as they come, split into thinking and answer by token id."""
 
-from collections.abc import Callable
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from model.qwen3 import ModelError, find_model
 
 
 class Reply(NamedTuple):
@@ -16,13 +23,22 @@ class Reply(NamedTuple):
     stopped: bool  # the reply ended with an end token, not with the token limit
 
 
-def load_for_generation(folder: Path, device: torch.device):
-    """(model, tokenizer) of an exported folder, in its own dtype with PyTorch's attention."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa", local_files_only=True
-    )
-    return model.to(device).eval(), tokenizer
+def load_for_generation(model: str | Path, device: torch.device):
+    """(model, tokenizer) of a local folder or a ModelScope id, in its own dtype with PyTorch's attention.
+
+    Raises ModelError where that is no model, HubError where it cannot be downloaded.
+    """
+    folder = find_model(str(model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+    if tokenizer.chat_template is None:
+        raise ModelError(f"the tokenizer of {model} has no chat template: it is no chat model")
+    return causal_lm.to(device).eval(), tokenizer
 
 
 @contextmanager
@@ -72,12 +88,100 @@ def end_tokens(causal_lm) -> list[int]:
 
 
 def split_reply(ids: list[int], tokenizer, ends: list[int]) -> Reply:
-    """ids of a reply, perhaps followed by padding -> Reply. Without </think> all of it is thinking."""
+    """ids of a reply, perhaps followed by padding -> Reply. A reply that opens a block of thinking and does not
+    close it is all thinking, one that has no block all answer."""
     end = next((index for index, token in enumerate(ids) if token in ends), None)
     ids = ids[:end]
     start, close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    ids = ids[1:] if ids[:1] == [start] else ids
-    cut = ids.index(close) if close in ids else len(ids)
-    think, answer = (tokenizer.decode(part).strip() for part in (ids[:cut], ids[cut + 1 :]))
+    opened = ids[:1] == [start]
+    ids = ids[1:] if opened else ids
+    cut = ids.index(close) if close in ids else len(ids) if opened else -1
+    think, answer = (tokenizer.decode(part).strip() for part in (ids[: max(cut, 0)], ids[cut + 1 :]))
     closed = ids.count(close) == 1 and start not in ids
     return Reply(think, answer, closed, stopped=end is not None)
+
+
+class TooLong(Exception):
+    """The dialogue leaves the model no room for a reply."""
+
+
+class ReplyStream(BaseStreamer):
+    """One reply as it comes: iterate over (part, text), part being think or answer; then ask for `reply`.
+
+    The model generates in a thread of its own. Leaving the loop early, or `stop`, ends it after the next token.
+    """
+
+    def __init__(
+        self, causal_lm, tokenizer, dialogue: list[dict], thinking: bool = True, max_new_tokens: int = 2048, **sampling
+    ):
+        """dialogue ends with a user message; thinking False asks for an answer alone; sampling: keywords of
+        `generate` that take the place of the model's generation_config. Raises TooLong."""
+        prompt = tokenizer.apply_chat_template(
+            dialogue, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
+        length, limit = inputs["input_ids"].shape[1], causal_lm.config.max_position_embeddings
+        if length >= limit:
+            raise TooLong(f"the dialogue has {length} tokens and the model takes {limit}")
+        self.tokenizer, self.ends = tokenizer, end_tokens(causal_lm)
+        self.ids: list[int] = []
+        self.prompt_is_past, self.stopping, self.arrived = False, threading.Event(), queue.SimpleQueue()
+        self.started, self.seconds = time.perf_counter(), 0.0
+
+        def generate() -> None:
+            try:
+                causal_lm.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=min(max_new_tokens, limit - length),
+                    streamer=self,
+                    stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), self.stopping.is_set())],
+                    **sampling,
+                )
+            except Exception as error:
+                self.arrived.put(error)
+            self.arrived.put(None)
+
+        self.thread = threading.Thread(target=generate, daemon=True)
+        self.thread.start()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate: once with the prompt, then with each token."""
+        if self.prompt_is_past:
+            self.arrived.put(int(value))
+        self.prompt_is_past = True
+
+    def end(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.thread.join()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        start, close = self.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        part, decoder, begun, held = "answer", DecodeStream(), False, ""
+        try:
+            while (token := self.arrived.get()) is not None:
+                if isinstance(token, Exception):
+                    raise token
+                self.ids.append(token)
+                self.seconds = time.perf_counter() - self.started
+                if token in self.ends:
+                    continue
+                if token == close or (token == start and len(self.ids) == 1):
+                    part, decoder, begun, held = "answer" if token == close else "think", DecodeStream(), False, ""
+                    continue
+                # Nothing comes while a character is not whole. Whitespace around a part is left out.
+                text = held + (decoder.step(self.tokenizer.backend_tokenizer, token) or "")
+                text = text if begun else text.lstrip()
+                held = text[len(text.rstrip()) :]
+                if text := text.rstrip():
+                    begun = True
+                    yield part, text
+        finally:
+            self.stop()
+
+    @property
+    def reply(self) -> Reply:
+        return split_reply(self.ids, self.tokenizer, self.ends)

@@ -33,7 +33,7 @@ from loop.command_line import parse_config
 from loop.config import TrainConfig
 from loop.run_folder import RunError, claim, write_json
 from model.export import export
-    from model.qwen3 import load_model
+from model.qwen3 import load_model
 
 # --- rows ---------------------------------------------------------------------------------------------
 

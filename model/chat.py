@@ -1,0 +1,188 @@
+"""Talk to an exported model: python -m model.chat RUN_DIR/best [--web | --question "..." [--json]]"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from data.hub import HubError
+from model.export import system_prompt_of
+from model.generate import ReplyStream, TooLong, load_for_generation
+from model.qwen3 import ModelError
+
+HELP = """\
+/clear         forget the dialogue
+/system TEXT   another system prompt, and a new dialogue; without TEXT none
+/nothink       answer without thinking; once more: think again
+/exit          or Ctrl+D. Ctrl+C ends a reply"""
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    disable_progress_bar()
+    try:
+        causal_lm, tokenizer = load_for_generation(args.model, device())
+    except (ModelError, HubError) as error:
+        inner = Path(args.model) / "best"
+        raise SystemExit(f"model.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
+    system = args.system if args.system is not None else system_prompt_of(Path(args.model))
+    settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
+    if args.web:
+        from model.web import serve
+
+        serve(causal_lm, tokenizer, system, not args.nothink, settings, args.port)
+    elif args.question is not None:
+        answer_one(causal_lm, tokenizer, system, not args.nothink, settings, args.question, args.json)
+    else:
+        chat(causal_lm, tokenizer, system, not args.nothink, settings)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="model.chat", description="Talk to an exported model.", epilog=HELP,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
+    parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")
+    parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
+    parser.add_argument("--web", action="store_true", help='a page on 127.0.0.1; needs pip install -e ".[web]"')
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--system", help="system prompt; default: the one that the model was trained with")
+    parser.add_argument("--nothink", action="store_true", help="answer without thinking")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest reply, thinking included")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: generation_config.json")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    args = parser.parse_args(arguments)
+    if args.json and args.question is None:
+        parser.error("--json needs --question")
+    if args.question is not None and not args.question.strip():
+        parser.error("--question is empty")
+    if (
+        args.max_new_tokens < 1
+        or (args.temperature or 0) < 0
+        or not 0 < (args.top_p or 1) <= 1
+        or (args.top_k or 0) < 0
+    ):
+        parser.error("--max-new-tokens is at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
+    return args
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """Keywords of `generate` that were asked for; everything else is the model's own."""
+    if args.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, question: str, as_json: bool) -> None:
+    """Exit status 1 where the reply has no answer."""
+    try:
+        stream = ReplyStream(causal_lm, tokenizer, opening(system) + [user(question)], thinking, **settings)
+        if as_json or not sys.stdout.isatty():
+            for _ in stream:
+                pass
+        else:
+            show(Console(), stream)
+    except TooLong as error:
+        raise SystemExit(f"model.chat: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    reply = stream.reply
+    if as_json:
+        facts = {
+            "question": question,
+            **reply._asdict(),
+            "tokens": len(stream.ids),
+            "seconds": round(stream.seconds, 3),
+        }
+        print(json.dumps(facts, ensure_ascii=False))
+    elif not sys.stdout.isatty():
+        print(reply.answer)
+    if not reply.answer:
+        raise SystemExit(f"model.chat: {shortcoming(stream) or 'the answer is empty'}")
+
+
+def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> None:
+    """Reads questions until /exit or the end of the input. A reply without an answer leaves no trace in the dialogue."""
+    console = Console(highlight=False)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history in input)
+
+        console.print("No medical advice. /help lists the commands.", style="dim")
+    messages = opening(system)
+    while True:
+        try:
+            line = (input("\n> ") if sys.stdin.isatty() else next(sys.stdin)).strip()
+        except (EOFError, StopIteration, KeyboardInterrupt):
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/clear":
+            messages = opening(system)
+        elif command == "/system":
+            system = rest.strip()
+            messages = opening(system)
+        elif command == "/nothink":
+            thinking = not thinking
+            console.print("thinking is on" if thinking else "thinking is off", style="dim")
+        elif line.startswith("/"):
+            console.print(HELP, style="dim", markup=False)
+        elif line:
+            try:
+                stream = ReplyStream(causal_lm, tokenizer, [*messages, user(line)], thinking, **settings)
+            except TooLong as error:
+                console.print(f"{error}: /clear begins a new one", style="red", markup=False)
+                continue
+            try:
+                show(console, stream)
+            except KeyboardInterrupt:
+                console.print("\n(ended by Ctrl+C)", style="dim")
+                continue
+            if answer := stream.reply.answer:
+                # The template leaves earlier thinking out, so the answer is all that is kept.
+                messages += [user(line), {"role": "assistant", "content": answer}]
+
+
+def show(console: Console, stream: ReplyStream) -> None:
+    """Thinking dim, a rule, the answer, and a line of figures; as it comes."""
+    part = None
+    for now, text in stream:
+        if now != part and part is not None:
+            console.print()
+            console.rule(style="dim")
+        part = now
+        console.print(text, end="", style="dim" if part == "think" else None, markup=False, soft_wrap=True)
+    tokens = len(stream.ids)
+    console.print(f"\n\n{tokens} tokens, {stream.seconds:.1f} s, {tokens / max(stream.seconds, 1e-9):.1f} tokens/s",
+                  style="dim")  # fmt: skip
+    if problem := shortcoming(stream):
+        console.print(problem, style="yellow")
+
+
+def shortcoming(stream: ReplyStream) -> str | None:
+    reply = stream.reply
+    if reply.stopped:
+        return None
+    where = "the answer" if reply.answer else "the thinking, so there is no answer"
+    return f"cut off inside {where}; --max-new-tokens allows more"
+
+
+def opening(system: str) -> list[dict]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Talking to a model: the generator, the terminal, the browser."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from model.chat import parse, sampling
+from model.export import card, system_prompt_of
+from model.generate import ReplyStream, TooLong, load_for_generation, reply_to
+
+THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    """A model that has learned one reply to every question."""
+    folder = tmp_path_factory.mktemp("chat")
+    rows = [{"question": f"第{i}个问题？", "think": THINK, "answer": ANSWER} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["tiny", "--dataset", folder / "rows.jsonl", "--max-steps", "60", "--eval-steps", "60", "--num-samples", "2"]
+    command = [sys.executable, "train.py", *map(str, args), "--output-dir", str(folder / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "closed 100%, answered 100%, stopped 100%" in done.stdout
+    return folder / "run" / "best"
+
+
+def chat(*args, stdin: str | None = None, check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "model.chat", *map(str, args)]
+    given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **given)
+    if check:
+        assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# --- the generator --------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Stands for a model: it replies with given tokens, one at a time."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(max_position_embeddings=200)
+
+    def __init__(self, tokenizer, text: str):
+        self.ids = tokenizer(text)["input_ids"]
+        self.generation_config = SimpleNamespace(eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+    def generate(self, input_ids, streamer, stopping_criteria, max_new_tokens, **_):
+        streamer.put(input_ids)
+        for token in self.ids[:max_new_tokens]:
+            streamer.put(torch.tensor([token]))
+            if stopping_criteria[0](input_ids, None).all():
+                return
+        streamer.end()
+
+
+QUESTION = [{"role": "user", "content": "头晕？"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "closed", "stopped"),
+    [
+        ("<think>\n想🙂\n\n再想\n</think>\n\n答：一。\n<|im_end|>", [("think", "想🙂\n\n再想"), ("answer", "答：一。")], True, True),
+        ("<think>\n\n</think>\n\n答<|im_end|>", [("answer", "答")], True, True),
+        ("<think>\n想到一半", [("think", "想到一半")], False, False),
+        ("只有答<|im_end|>", [("answer", "只有答")], False, True),
+    ],
+)  # fmt: skip
+def test_a_stream_is_the_reply_in_pieces(tokenizer, text, parts, closed, stopped):
+    stream = ReplyStream(Scripted(tokenizer, text), tokenizer, QUESTION)
+    joined = {}
+    for part, piece in stream:
+        assert piece and "�" not in piece
+        joined[part] = joined.get(part, "") + piece
+    assert list(joined.items()) == parts
+    whole = {"think": "", "answer": "", **joined}
+    assert stream.reply == (whole["think"], whole["answer"], closed, stopped)
+
+
+def test_leaving_a_stream_ends_the_generation(tokenizer):
+    stream = ReplyStream(Scripted(tokenizer, "答" * 100), tokenizer, QUESTION)
+    for _ in stream:
+        break
+    stream.stop()
+    assert not stream.thread.is_alive()
+
+
+def test_a_dialogue_that_fills_the_context_is_refused(tokenizer):
+    with pytest.raises(TooLong, match=r"the dialogue has \d+ tokens and the model takes 200"):
+        ReplyStream(Scripted(tokenizer, "答"), tokenizer, [{"role": "user", "content": "长" * 500}])
+
+
+def test_streamed_and_batched_replies_agree(best):
+    model, tokenizer = load_for_generation(best, torch.device("cpu"))
+    dialogue = [{"role": "system", "content": system_prompt_of(best)}, {"role": "user", "content": "第5个问题？"}]
+    stream = ReplyStream(model, tokenizer, dialogue, max_new_tokens=100, do_sample=False)
+    list(stream)
+    assert stream.reply == reply_to(model, tokenizer, [dialogue], 100)[0] == (THINK, ANSWER, True, True)
+
+
+def test_sampling_is_the_models_own_unless_asked_for():
+    assert sampling(parse(["folder"])) == {}
+    assert sampling(parse(["folder", "--temperature", "0"]))["do_sample"] is False
+    assert sampling(parse(["folder", "--top-k", "5"])) == {"do_sample": True, "top_k": 5}
+
+
+# --- the terminal ---------------------------------------------------------------------------------------
+
+
+def test_one_question(best):
+    assert chat(best, "--question", "第3个问题？", "--temperature", "0").stdout == ANSWER + "\n"
+    reply = json.loads(chat(best, "--question", "第3个问题？", "--temperature", "0", "--json").stdout)
+    assert (reply["think"], reply["answer"], reply["closed"], reply["stopped"]) == (THINK, ANSWER, True, True)
+    assert reply["tokens"] > 10 and reply["seconds"] > 0
+    cut = chat(best, "--question", "第3个问题？", "--max-new-tokens", "4", check=False)
+    assert cut.returncode == 1 and cut.stdout == "\n" and "cut off inside the thinking" in cut.stderr
+
+
+def test_questions_on_a_pipe(best):
+    said = chat(
+        best, "--temperature", "0", stdin="第1个问题？\n第2个问题？\n/nothink\n第3个问题？\n/clear\n/what\n"
+    ).stdout
+    assert said.count(ANSWER) == 3 and said.count(THINK) == 2 and said.count("tokens/s") == 3
+    assert "thinking is off" in said and "/system TEXT" in said
+
+
+class Terminal:
+    """A chat on a pseudo-terminal."""
+
+    def __init__(self, *args):
+        self.process, self.text = None, ""
+        self.main, side = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+        environment.pop("NO_COLOR", None)
+        command = [sys.executable, "-m", "model.chat", *map(str, args)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True
+        )
+        os.close(side)
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What came up to and with text."""
+        end = time.monotonic() + seconds
+        os.set_blocking(self.main, False)
+        while text not in self.text:
+            assert time.monotonic() < end, f"no {text!r} in {self.text!r}"
+            try:
+                self.text += os.read(self.main, 4096).decode(errors="replace")
+            except BlockingIOError:
+                time.sleep(0.02)
+        before, _, self.text = self.text.partition(text)
+        return before + text
+
+    def type(self, line: str) -> None:
+        os.write(self.main, line.encode())
+
+
+def test_a_dialogue_in_a_terminal(best):
+    terminal = Terminal(best, "--temperature", "0")
+    assert "No medical advice" in terminal.until("> ")
+    terminal.type("第1个问题？\n")
+    reply = terminal.until("tokens/s")
+    assert f"\x1b[2m{THINK[0]}" in reply and "──" in reply and reply.index("──") < reply.index(ANSWER[0])
+    terminal.until("> ")
+    terminal.type("第2个问题？\n")
+    terminal.until("tokens/s")
+    terminal.until("> ")
+    terminal.type("/exit\n")
+    assert terminal.process.wait(20) == 0
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(best, tmp_path):
+    """A model that never ends its reply."""
+    endless = tmp_path / "endless"
+    shutil.copytree(best, endless)
+    settings = json.loads((endless / "generation_config.json").read_text())
+    (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 7}))
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100000}))
+    terminal = Terminal(endless, "--temperature", "0", "--max-new-tokens", "90000")
+    terminal.until("> ")
+    terminal.type("第1个问题？\n")
+    terminal.until("──")
+    os.killpg(terminal.process.pid, signal.SIGINT)
+    assert "Traceback" not in terminal.until("(ended by Ctrl+C)", 20)
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+
+
+def test_mistakes_are_told_in_one_line(best, tmp_path):
+    for args, message in {
+        (tmp_path,): "has no config.json",
+        (best.parent,): f"did you mean {best}?",
+        (tmp_path / "nowhere",): "there is no model folder",
+        (best, "--question", " "): "--question is empty",
+        (best, "--json"): "--json needs --question",
+        (best, "--top-p", "3"): "--top-p in (0, 1]",
+    }.items():
+        done = chat(*args, check=False)
+        assert done.returncode != 0 and message in done.stderr, (args, done.stderr)
+    broken = tmp_path / "broken"
+    shutil.copytree(best, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    done = chat(broken, "--question", "?", check=False)
+    assert done.returncode == 1 and "cannot load" in done.stderr
+    done = chat(best, "--question", "长" * 3000, check=False)
+    assert done.returncode == 1 and "the model takes 1024" in done.stderr
+
+
+# --- what stands beside the weights -----------------------------------------------------------------------
+
+
+def test_the_card_keeps_the_system_prompt(best):
+    assert system_prompt_of(best) == "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"
+    text, modelfile = (best / "README.md").read_text(), (best / "Modelfile").read_text()
+    metrics = [json.loads(line) for line in (best.parent / "metrics.jsonl").read_text().splitlines()]
+    assert f"{[row for row in metrics if 'eval/loss' in row][-1]['eval/loss']:.4f}" in text
+    assert str(best.parent.parent) not in text  # a dataset's name, not where it lies
+    assert 'SYSTEM """你是一个医学专家' in modelfile and "PARAMETER stop <|im_end|>" in modelfile
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_no_text_of_a_card_is_missing(language, best):
+    facts = {"system_prompt": "", "model": "Qwen/Qwen3-1.7B", "dataset": "owner/name", "run_name": "run", "step": 5}
+    facts |= {"num_train": 1, "num_val": 1, "learning_rate": 1e-4, "rows_per_step": 4, "max_length": 9, "max_steps": 7}
+    facts |= {"loss": 1.5, "think_loss": 1.0, "answer_loss": 2.0, "perplexity": 4.5}
+    own = load_for_generation(best, torch.device("cpu"))[0].generation_config
+    texts = card(facts, language, own)
+    assert "Qwen/Qwen3-1.7B" in texts["README.md"] and "1.5000" in texts["README.md"]
+    assert "SYSTEM" not in texts["Modelfile"] and "temperature 0.6" in texts["Modelfile"]
+
+
+# --- the browser ------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_history_as_a_browser_and_as_a_client_send_it():
+    from model.web import spoken
+
+    def blocks(text):
+        return [{"type": "text", "text": text}]
+
+    history = [
+        {"role": "user", "content": blocks("一")},
+        {"role": "assistant", "content": blocks("想"), "metadata": {"title": "思考"}},
+        {"role": "assistant", "content": blocks("答")},
+        {"role": "user", "content": "没有回答的问题"},
+    ]
+    expected = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "答"}]
+    assert spoken(history) == expected
+    flat = [
+        {**m, "content": m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]} for m in history
+    ]
+    assert spoken(flat) == expected
+
+
+@pytest.fixture
+def page(best):
+    """The chat's page in a headless Chromium."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    port = free_port()
+    command = [sys.executable, "-m", "model.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert server.poll() is None and time.monotonic() < end, server.stderr.read()
+            time.sleep(0.2)
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.requested = []
+            page.on("request", lambda request: page.requested.append(request.url))
+            page.goto(f"http://127.0.0.1:{port}")
+            yield page
+            browser.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+
+
+def test_a_dialogue_in_the_browser(page):
+    """A question is typed, the thinking folds, the answer shows, a second turn works; nothing leaves the machine."""
+    assert "不构成医疗建议" in page.inner_text("body")
+    for turn, question in enumerate(["第1个问题？", "第2个问题？"], start=1):
+        page.locator("textarea").first.fill(question)
+        page.locator("textarea").first.press("Enter")
+        page.wait_for_function(
+            "([answer, turn]) => document.body.innerText.split(answer).length - 1 === turn", arg=[ANSWER, turn]
+        )
+    page.wait_for_timeout(1000)
+    if picture := os.environ.get("SCREENSHOT"):
+        page.screenshot(path=picture)
+    assert page.inner_text("body").count(ANSWER) == 2
+    assert not page.get_by_text(THINK).first.is_visible()
+    page.get_by_text("思考").first.click()
+    page.wait_for_timeout(500)
+    assert page.get_by_text(THINK).first.is_visible()
+    assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.requested), page.requested
+
+
+def test_a_port_in_use_is_told(best):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = chat(best, "--web", "--port", taken.getsockname()[1], check=False)
+    assert done.returncode == 1 and "choose another with --port" in done.stderr
