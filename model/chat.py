@@ -111,7 +111,7 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
 
 
 def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> None:
-    """Reads questions until /exit or the end of the input. A reply without an answer leaves no trace in the dialogue."""
+    """Reads questions until /exit or the end of the input. A reply without an answer is forgotten, as its question."""
     console = Console(highlight=False)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history in input)

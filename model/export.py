@@ -26,8 +26,8 @@ def export(
 ) -> None:
     """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays.
 
-    state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames leaves `.old-NAME`, which
-    `restore_export` puts back.
+    state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames
+    leaves `.old-NAME`, which `restore_export` puts back.
     """
     temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
     restore_export(folder)

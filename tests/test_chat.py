@@ -24,11 +24,27 @@ THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    """A model that has learned one reply to every question."""
+    """A model that has learned one reply to every question, in dialogues of up to three turns."""
     folder = tmp_path_factory.mktemp("chat")
-    rows = [{"question": f"第{i}个问题？", "think": THINK, "answer": ANSWER} for i in range(40)]
+    reply = {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
+    rows = [
+        {"messages": [m for k in range(turns) for m in ({"role": "user", "content": f"第{i + k}个问题？"}, reply)]}
+        for turns in (1, 2, 3)
+        for i in range(15)
+    ]
+    rows += [{"question": f"第{i}个问题？", "think": "", "answer": ANSWER} for i in range(20, 35)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ["tiny", "--dataset", folder / "rows.jsonl", "--max-steps", "60", "--eval-steps", "60", "--num-samples", "2"]
+    args = [
+        "tiny",
+        "--dataset",
+        folder / "rows.jsonl",
+        "--max-steps",
+        "100",
+        "--eval-steps",
+        "100",
+        "--num-samples",
+        "2",
+    ]
     command = [sys.executable, "train.py", *map(str, args), "--output-dir", str(folder / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,7 +90,7 @@ QUESTION = [{"role": "user", "content": "头晕？"}]
 @pytest.mark.parametrize(
     ("text", "parts", "closed", "stopped"),
     [
-        ("<think>\n想🙂\n\n再想\n</think>\n\n答：一。\n<|im_end|>", [("think", "想🙂\n\n再想"), ("answer", "答：一。")], True, True),
+        ("<think>\n想🙂\n\n再\n</think>\n\n答\n<|im_end|>", [("think", "想🙂\n\n再"), ("answer", "答")], True, True),
         ("<think>\n\n</think>\n\n答<|im_end|>", [("answer", "答")], True, True),
         ("<think>\n想到一半", [("think", "想到一半")], False, False),
         ("只有答<|im_end|>", [("answer", "只有答")], False, True),
@@ -171,7 +187,8 @@ class Terminal:
 
 def test_a_dialogue_in_a_terminal(best):
     terminal = Terminal(best, "--temperature", "0")
-    assert "No medical advice" in terminal.until("> ")
+    terminal.until("No medical advice")
+    terminal.until("\n> ")
     terminal.type("第1个问题？\n")
     reply = terminal.until("tokens/s")
     assert f"\x1b[2m{THINK[0]}" in reply and "──" in reply and reply.index("──") < reply.index(ANSWER[0])
@@ -192,7 +209,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(best, tmp_path):
     config = json.loads((endless / "config.json").read_text())
     (endless / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100000}))
     terminal = Terminal(endless, "--temperature", "0", "--max-new-tokens", "90000")
-    terminal.until("> ")
+    terminal.until("\n> ")
     terminal.type("第1个问题？\n")
     terminal.until("──")
     os.killpg(terminal.process.pid, signal.SIGINT)
@@ -305,7 +322,7 @@ def page(best):
 
 def test_a_dialogue_in_the_browser(page):
     """A question is typed, the thinking folds, the answer shows, a second turn works; nothing leaves the machine."""
-    assert "不构成医疗建议" in page.inner_text("body")
+    page.get_by_text("不构成医疗建议").wait_for()
     for turn, question in enumerate(["第1个问题？", "第2个问题？"], start=1):
         page.locator("textarea").first.fill(question)
         page.locator("textarea").first.press("Enter")
