@@ -68,6 +68,7 @@ def run(config: TrainConfig) -> None:
     from loop.state import TrainState, read_state
     from loop.tracking import Tracker, choose_mode, peak_memory_gib
     from model.export import card, export, restore_export
+    from model.lora import add_lora
     from model.loss import SFTModel
     from model.qwen3 import load_model, outline
 
@@ -102,6 +103,8 @@ def run(config: TrainConfig) -> None:
     device, available = accelerator.device, memory_of(accelerator.device)
     shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
     skeleton = outline(config.model, tokenizer, weights=not config.dry_run)
+    if config.lora_rank:
+        add_lora(skeleton, config.lora_rank, config.model)
     plans = plan_all(config, skeleton, [len(example) for example in train], device, shards)
     if config.dry_run:
         accelerator.print(memory_table(plans, config.memory, device, available))
@@ -152,6 +155,8 @@ def run(config: TrainConfig) -> None:
             compile=config.compile == "on"
             or (config.compile == "auto" and device.type == "cuda" and max_steps >= 1000),
         )
+    if config.lora_rank:
+        add_lora(causal_lm, config.lora_rank, config.model)
     model = SFTModel(causal_lm, profile.loss_chunk, (config.think_weight, config.answer_weight))
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, profile.optim)
     model, optimizer = accelerator.prepare(model, optimizer)

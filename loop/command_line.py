@@ -20,7 +20,7 @@ from loop.config import PRESETS, TrainConfig
 USAGE = """\
 accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
 
-PRESET is medical (default: the experiment) or tiny (embedded data and model, runs on a CPU).
+PRESET is medical (default: the experiment), lora (the same with LoRA) or tiny (embedded data and model, on a CPU).
 --config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
 
 

@@ -21,6 +21,8 @@ class TrainConfig:
     # --- model ---
     # ModelScope model id, a local Hugging Face folder, or `tiny` (embedded, random weights).
     model: str = "Qwen/Qwen3-1.7B"
+    # Rank of LoRA's updates, trained in place of the weights; 0 trains all parameters.
+    lora_rank: int = 0
     # Autocast over fp32 weights; `no` computes in fp32.
     mixed_precision: Literal["bf16", "no"] = "bf16"
     # What a card's memory allows: speed, or a profile for 32, 24 or 16 GB (--dry-run shows what each needs and
@@ -114,6 +116,7 @@ class TrainConfig:
             "save_total_limit": 2,
             "early_stopping_patience": 0,
             "early_stopping_min_delta": 0,
+            "lora_rank": 0,
             "num_samples": 0,
             "sample_max_new_tokens": 1,
             "think_weight": 0,
@@ -142,6 +145,10 @@ class TrainConfig:
 PRESETS = {
     # The experiment as it was run.
     "medical": TrainConfig(),
+    # The same with LoRA, whose updates take a higher rate.
+    "lora": TrainConfig(
+        lora_rank=16, learning_rate=2e-4, run_name="qwen3-1.7b-lora", output_dir="outputs/qwen3-1.7b-medical-lora"
+    ),
     # Embedded data and model: no download, no account, no GPU. Overfits on purpose, to show it.
     "tiny": TrainConfig(
         dataset="sample",

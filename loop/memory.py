@@ -100,6 +100,7 @@ def predict(
     """Bytes of each item at the peak of a backward over a micro-batch of so many tokens, all of them targets."""
     c = causal_lm.config
     num_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
+    num_trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
     width = profile.weights.itemsize
     half = 2 if autocast or width == 2 else 4  # bytes of a number that goes into a matrix product
     hidden, mlp = c.hidden_size, c.intermediate_size
@@ -112,14 +113,15 @@ def predict(
     head = c.vocab_size * hidden
     needs = {
         "weights": num_parameters * width / shards,
-        "gradients": num_parameters * width / shards,
+        "gradients": num_trained * width / shards,
         # 8-bit moments: a byte each, and a scale in fp32 for every 256 of them.
-        "optimizer states": num_parameters * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards,
+        "optimizer states": num_trained * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards,
         "activations": c.num_hidden_layers * kept + profile.gradient_checkpointing * 1.5 * layer,
         "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half,
         # The head's gradient in fp32, and the embedding's, which are added at the end of the backward.
-        "gradients of head and embedding, apart": head * (4 + width),
     }
+    if causal_lm.lm_head.weight.requires_grad:
+        needs["gradients of head and embedding, apart"] = head * (4 + width)
     if half < width and not profile.gradient_checkpointing:
         needs["bf16 copies of the weights, for the backward"] = 2 * in_layers
     if shards > 1:

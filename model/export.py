@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
+from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
 
 TEMPLATES = Environment(
@@ -24,7 +25,8 @@ TEMPLATES = Environment(
 def export(
     causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path, texts: dict[str, str] | None = None
 ) -> None:
-    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays.
+    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays. Where the model
+    trains with LoRA its updates are merged into the weights, and stand alone in adapter/.
 
     state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames
     leaves `.old-NAME`, which `restore_export` puts back.
@@ -33,6 +35,10 @@ def export(
     restore_export(folder)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    if peft_config := getattr(causal_lm, "peft_config", None):
+        (temporary / "adapter").mkdir(parents=True)
+        save_adapter(causal_lm, state_dict, temporary / "adapter")
+        state_dict = merged(state_dict, peft_config[NAME].lora_alpha / peft_config[NAME].r)
     weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state_dict.items()}
     if causal_lm.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -44,7 +50,7 @@ def export(
     tokenizer.save_pretrained(temporary)
     for name, text in (texts or {}).items():
         (temporary / name).write_text(text, encoding="utf-8")
-    for path in temporary.iterdir():
+    for path in [path for path in temporary.rglob("*") if path.is_file()]:
         # safetensors creates files that only their owner can read, whatever the umask.
         path.chmod(0o666 & ~current_umask())
         with path.open("rb") as file:

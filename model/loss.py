@@ -106,7 +106,8 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight, target_ids = ctx.saved_tensors
         half_weight, kept, ctx.logits = weight.to(ctx.dtype), ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight))
+        # None where the head is frozen, as under LoRA.
+        grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight)) if ctx.needs_input_grad[1] else None
         parts = (tensor.split(ctx.chunk) for tensor in (hidden, target_ids, grad, grad_hidden))
         for rows, ids, scales, grad_rows in zip(*parts, strict=True):
             rows = rows.to(ctx.dtype)
@@ -116,9 +117,12 @@ class HeadLoss(torch.autograd.Function):
                 gradient[torch.arange(len(block), device=block.device), block_ids] -= 1
                 block.copy_(gradient.mul_(scale[:, None]))
             grad_rows.copy_(logits @ half_weight)
-            for words, grad_words in blocks(logits.T, grad_weight, size=WORDS):
-                grad_words += words @ rows
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                for words, grad_words in blocks(logits.T, grad_weight, size=WORDS):
+                    grad_words += words @ rows
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def blocks(*tensors: torch.Tensor, size: int = BLOCK):

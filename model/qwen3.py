@@ -18,6 +18,8 @@ from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TOKENS = ["<think>", "</think>"]
+# Dense decoders whose layers take packed rows. llama is the small pretrained model that the tests train.
+ARCHITECTURES = ("qwen3", "llama")
 
 # Text messages come out as Qwen3's own template renders them: the thinking of turns before the last
 # question is left out, and a last reply without thinking gets an empty block.
@@ -90,7 +92,7 @@ def model_config(model: str, tokenizer, weights: bool = True):
         raise
     except Exception as error:
         raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
-    if config.model_type != "qwen3":
+    if config.model_type not in ARCHITECTURES:
         raise ModelError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}")

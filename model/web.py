@@ -41,7 +41,7 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
 
     page = gradio.ChatInterface(
         reply,
-        chatbot=gradio.Chatbot(label="", height="70vh"),
+        chatbot=gradio.Chatbot(show_label=False, height="70vh", buttons=["copy", "copy_all"]),
         title="Qwen3 医学问答",
         description=NO_ADVICE,
         examples=EXAMPLES,

@@ -1,0 +1,56 @@
+"""LoRA: the weights stay as they are, and low-rank updates beside them are trained (arXiv:2106.09685).
+
+peft puts the updates into the linear layers in place, so the model stays the same model to the loop.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.qwen3 import ModelError
+
+NAME = "default"  # peft's own, for the one adapter of a model
+
+
+def add_lora(causal_lm, rank: int, base_model: str) -> None:
+    """Freezes causal_lm and adds updates of this rank, scaled by 2, to every linear layer but the head."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ModelError('--lora-rank needs peft: pip install -e ".[lora]"') from error
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+    )
+    inject_adapter_in_model(config, causal_lm)
+
+
+def merged(state_dict: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """The state dict without updates: each weight is W + scale * B A, computed in fp32, with the names of W."""
+    result = {}
+    for name, weight in state_dict.items():
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            a, b = (state_dict[f"{layer}.lora_{part}.{NAME}.weight"].float() for part in "AB")
+            result[f"{layer}.weight"] = weight.float() + scale * (b @ a)
+        elif ".lora_" not in name:
+            result[name] = weight
+    return result
+
+
+def save_adapter(causal_lm, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
+    """The updates alone, as peft.PeftModel.from_pretrained takes them."""
+    config = causal_lm.peft_config[NAME]
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
+    config.save_pretrained(folder)
+    weights = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": weight.to("cpu").contiguous()
+        for name, weight in state_dict.items()
+        if ".lora_" in name
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
