@@ -85,7 +85,7 @@ def device() -> torch.device:
 def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, question: str, as_json: bool) -> None:
     """Exit status 1 where the reply has no answer."""
     try:
-        stream = ReplyStream(causal_lm, tokenizer, opening(system) + [user(question)], thinking, **settings)
+        stream = ReplyStream(causal_lm, tokenizer, [*opening(system), user(question)], thinking, **settings)
         if as_json or not sys.stdout.isatty():
             for _ in stream:
                 pass

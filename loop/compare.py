@@ -1,0 +1,182 @@
+"""Two models on the same held-out rows: python -m loop.compare MODEL_A MODEL_B --dataset FILE [--out DIR]
+
+Perplexity by part; character-level ROUGE-L and BLEU of the answers; format rates; answers side by side.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from data.batches import rank_batches
+from data.encode import encode_rows
+from data.hub import HubError
+from data.medical import Row, replace_text, to_messages
+from data.source import DataError, find_source, read_source
+from loop.evaluate import evaluate
+from loop.samples import format_rates, prompts
+from model.export import system_prompt_of
+from model.generate import Reply, load_for_generation, reply_to
+from model.loss import SFTModel
+from model.qwen3 import ModelError, load_model, load_tokenizer
+
+# name in the JSON -> what it is
+MEASURES = {
+    "loss": "loss, nats per token",
+    "perplexity": "perplexity",
+    "think_loss": "loss of the thinking",
+    "answer_loss": "loss of the answer",
+    "think_accuracy": "next-token accuracy, thinking",
+    "answer_accuracy": "next-token accuracy, answer",
+    "rouge_l": "ROUGE-L of the answers, characters",
+    "bleu": "BLEU of the answers, characters",
+    "closed": "thinking closed",
+    "answered": "answered",
+    "stopped": "stopped by itself",
+    "empty_think": "thinking left empty",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a ModelScope id; the base first")
+    parser.add_argument("--dataset", required=True, help="rows that neither was trained on: RUN_DIR/data/val.jsonl")
+    parser.add_argument("--num-rows", type=int, default=32, help="rows to answer; the loss is that of all rows")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, thinking included")
+    parser.add_argument("--max-length", type=int, default=2048, help="longer rows are left out of the loss")
+    parser.add_argument("--system", help="system prompt of rows that bring none; default: the one of the second model")
+    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.json and compare.md")
+    args = parser.parse_args()
+    if args.num_rows < 1 or args.max_new_tokens < 1:
+        parser.error("--num-rows and --max-new-tokens are at least 1")
+    try:
+        from rouge_score import rouge_scorer  # noqa: F401
+        from sacrebleu import corpus_bleu  # noqa: F401
+    except ImportError:
+        raise SystemExit('loop.compare needs sacrebleu and rouge-score: pip install -e ".[compare]"') from None
+    disable_progress_bar()
+    system = args.system if args.system is not None else system_prompt_of(Path(args.models[1]))
+    try:
+        rows = read_rows(args.dataset, system)
+        accelerator = Accelerator()
+        results = []
+        for name in args.models:
+            losses = loss_of(name, rows, args.max_length, accelerator)
+            model, tokenizer = load_for_generation(name, accelerator.device)
+            asked = rows[: args.num_rows]
+            replies = reply_to(model, tokenizer, prompts(asked), args.max_new_tokens)
+            references = [row.messages[-1]["content"] for row in asked]
+            figures = {**losses, **overlap([reply.answer for reply in replies], references), **format_rates(replies)}
+            results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
+    except (DataError, ModelError, HubError) as error:
+        raise SystemExit(f"loop.compare: {error}") from None
+    questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
+    replace_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+    replace_text(args.out / "compare.md", markdown(report))
+    show(report)
+    print(f"answers side by side: {args.out / 'compare.md'}")
+
+
+def read_rows(dataset: str, system_prompt: str) -> list[Row]:
+    """Every row of the file. Raises DataError naming the first that is unusable."""
+    rows = []
+    for where, columns in read_source(find_source(dataset)):
+        try:
+            rows.append(Row(where, columns, to_messages(columns, system_prompt)))
+        except ValueError as reason:
+            raise DataError(f"{where} {reason}") from None
+    if not rows:
+        raise DataError(f"{dataset} has no rows")
+    return rows
+
+
+def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerator) -> dict[str, float]:
+    """Token-exact, as the training evaluates, in the model's own precision (bf16 for an exported one)."""
+    tokenizer = load_tokenizer(name)
+    examples, _ = encode_rows(rows, tokenizer, max_length, "drop")
+    if not examples:
+        raise DataError(f"no row has at most {max_length} tokens; raise --max-length")
+    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype="auto")
+    model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
+    batches = rank_batches(
+        examples, range(len(examples)), batch_size=1, micro_batch_tokens=max_length, rank=0, world_size=1
+    )
+    metrics = evaluate(model, batches, accelerator)
+    return {**metrics._asdict(), "perplexity": metrics.perplexity}
+
+
+class Characters:
+    """A tokenizer for rouge_score: Chinese has no spaces, so each character that is not one is a token."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return [character for character in text if not character.isspace()]
+
+
+def overlap(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Means over the answers of ROUGE-L's F1 (0-1), and corpus BLEU (0-100), both over characters."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Characters())
+    scores = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return {
+        "rouge_l": sum(scores) / len(scores),
+        "bleu": corpus_bleu(answers, [references], tokenize="char").score,
+    }
+
+
+def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
+    """Measure, first model, second model, difference."""
+    a, b = report["models"]
+    return [(label, f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}") for key, label in MEASURES.items()]
+
+
+def show(report: dict) -> None:
+    table = Table(title=f"{report['rows']} rows of {report['dataset']}")
+    for index, title in enumerate(["", *(model["model"] for model in report["models"]), "difference"]):
+        table.add_column(title, justify="right" if index else "left", overflow="fold", no_wrap=not index)
+    for row in table_rows(report):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def markdown(report: dict) -> str:
+    from loop.report import quote
+
+    a, b = report["models"]
+    lines = [
+        f"# {a['model']} and {b['model']}",
+        "",
+        f"{report['rows']} rows of {report['dataset']}; replies are greedy.",
+    ]
+    lines += ["", f"| | {a['model']} | {b['model']} | difference |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
+    for number, question in enumerate(report["questions"]):
+        lines += ["", f"## Question {number + 1}", "", quote(question["question"])]
+        for model in (a, b):
+            reply = Reply(**model["replies"][number])
+            lines += [
+                "",
+                f"**{model['model']}**, thinking",
+                "",
+                quote(reply.think),
+                "",
+                "answer",
+                "",
+                quote(reply.answer),
+            ]
+        lines += ["", "**reference**", "", quote(question["reference"])]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

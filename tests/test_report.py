@@ -1,0 +1,175 @@
+"""The report and the comparison: every figure in them against what they are made from."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from runs import metrics_of
+
+from loop.compare import overlap
+from loop.report import judge, quote, write_report
+from loop.run_folder import RunError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    """A run on few rows that gets worse on the others, and stops early."""
+    out = tmp_path_factory.mktemp("report") / "run"
+    args = ["tiny", "--val-fraction", "0.85", "--learning-rate", "0.01", "--eval-steps", "5", "--sample-max-new-tokens"]
+    args += ["16", "--early-stopping-patience", "2", "--language", "en", "--output-dir", str(out)]
+    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"report: {out}/report.md" in done.stdout
+    return out
+
+
+def module(name: str, *args, check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", name, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert "Traceback" not in done.stderr, done.stderr
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_figures_of_the_report_are_those_of_the_record(overfitted):
+    text = (overfitted / "report.md").read_text()
+    evaluations = [row for row in metrics_of(overfitted) if "eval/loss" in row]
+    best = min(evaluations, key=lambda row: row["eval/loss"])
+    last = evaluations[-1]
+    after = next(row for row in evaluations if row["step"] > best["step"])
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if " % | " in line and line.startswith("| ")]
+    assert len(table) == len(evaluations) > 3
+    names = ["eval/loss", "eval/think_loss", "eval/answer_loss"]
+    for cells, row in zip(table, evaluations, strict=True):
+        assert cells[0] == str(row["step"]) + (" (best)" if row is best else "")
+        assert [float(cell) for cell in cells[2:5]] == [round(row[name], 4) for name in names]
+        assert float(cells[6].rstrip(" %")) == round(100 * row["eval/think_accuracy"], 1)
+    rise = last["eval/loss"] - best["eval/loss"]
+    assert "**Yes.**" in text and "stopped early at step" in text
+    assert f"lowest at step {best['step']} (epoch {best['step'] / 5:.2f}), {best['eval/loss']:.4f}" in text  # 18 rows
+    assert f"from the evaluation at step {after['step']} on" in text
+    assert f"a rise of {rise:.4f} ({100 * rise / best['eval/loss']:.1f} %)" in text
+    train = [row for row in metrics_of(overfitted) if "train/loss" in row]
+    at_best = [row for row in train if row["step"] <= best["step"]][-1]
+    assert f"fell by another {at_best['train/loss'] - train[-1]['train/loss']:.4f}" in text
+    for name in ("loss", "parts", "training"):
+        assert f"report/{name}.png" in text and (overfitted / f"report/{name}.png").read_bytes().startswith(PNG)
+    assert text.count("### Question") == 5 and "32 validation questions" in text
+
+
+def test_both_languages_say_the_same(overfitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    module("loop.report", run, "--language", "zh")
+    zh = (run / "report.md").read_text()
+    assert "已早停" in zh and "**是。**" in zh and "早停" in zh
+    figures = [[line.split("|")[3:6] for line in text.splitlines() if " % | " in line and line.startswith("| ")]
+               for text in (zh, (overfitted / "report.md").read_text())]  # fmt: skip
+    assert figures[0] == figures[1]
+
+
+def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
+    """What a kill in the middle leaves: the status says running, and the last line is cut."""
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    status = json.loads((run / "run_status.json").read_text())
+    (run / "run_status.json").write_text(json.dumps({**status, "status": "running"}))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    samples = (run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run / "samples.jsonl").write_text("".join(samples[:6]))
+    module("loop.report", run)
+    text = (run / "report.md").read_text()
+    assert "its process is gone" in text and "The model of step" in text and text.count("### Question") == 3
+
+
+def test_without_samples_and_without_training_there_is_still_a_report(overfitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    row = {name: value for name, value in first.items() if not name.startswith("format")}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "samples.jsonl").unlink()
+    assert "still falling" in write_report(run).read_text()
+
+
+def test_what_is_no_run_is_told(overfitted, tmp_path):
+    for folder, message in ((tmp_path, "is no folder of a run"), (tmp_path / "none", "is no folder of a run")):
+        done = module("loop.report", folder, check=False)
+        assert done.returncode != 0 and message in done.stderr
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match="no finished evaluation yet"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind"),
+    [
+        ([7.0, 6.0, 5.0], "falling"),
+        ([7.0, 5.0, 6.0], "overfitting"),
+        ([7.0, 5.0, 5.01], "plateau"),
+        ([5.0, 6.0, 7.0], "worse"),
+        ([5.0], "falling"),
+        ([7.0, 5.0, math.nan], "falling"),
+    ],
+)
+def test_the_verdict(losses, kind):
+    evaluations = [{"step": 10 * index, "eval/loss": loss} for index, loss in enumerate(losses)]
+    train = [{"step": step, "train/loss": 7 - step / 10} for step in range(1, 10 * len(losses))]
+    assert judge(evaluations, train).kind == kind
+
+
+def test_a_reply_cannot_break_the_page():
+    assert quote("# 标题\n\n</details><script>") == "> # 标题\n>\n> &lt;/details>&lt;script>"
+
+
+# --- two models -------------------------------------------------------------------------------------------
+
+
+def test_overlap_counts_characters():
+    """Against ROUGE-L by hand: the longest common subsequence of 多喝水吧 and 多喝热水 is 多喝水."""
+    same = overlap(["多喝水，注意休息。"], ["多喝水，注意休息。"])
+    assert same == {"rouge_l": 1.0, "bleu": pytest.approx(100.0)}
+    part = overlap(["多喝水吧"], ["多喝热水"])
+    assert part["rouge_l"] == pytest.approx(3 / 4) and 0 < part["bleu"] < 100
+    assert overlap(["甲乙丙丁"], ["春夏秋冬"])["rouge_l"] == 0.0
+
+
+def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path, train_py):
+    train_py(
+        "tiny", "--val-fraction", "0.85", "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "base"
+    )
+    models = [tmp_path / "base/best", overfitted / "best"]
+    val = overfitted / "data/val.jsonl"
+    options = ["--dataset", val, "--num-rows", "4", "--max-new-tokens", "8", "--out", tmp_path / "out"]
+    done = module("loop.compare", *models, *options)
+    report = json.loads((tmp_path / "out/compare.json").read_text())
+    base, tuned = report["models"]
+    assert report["rows"] == 102 and len(base["replies"]) == 4
+    evaluations = [row for row in metrics_of(overfitted) if "eval/loss" in row]
+    expected = min(evaluations, key=lambda row: row["eval/loss"])
+    assert tuned["loss"] == pytest.approx(expected["eval/loss"], abs=5e-3)  # bf16 weights
+    assert tuned["perplexity"] == pytest.approx(math.exp(tuned["loss"]))
+    assert tuned["loss"] < base["loss"] and f"{tuned['loss'] - base['loss']:+.4f}" in done.stdout
+    text = (tmp_path / "out/compare.md").read_text()
+    assert text.count("## Question") == 4 and f"{tuned['think_loss']:.4f}" in text
+
+
+def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl):
+    best = overfitted / "best"
+    for arguments, message in {
+        (best, tmp_path, "--dataset", overfitted / "data/val.jsonl"): "has no config.json",
+        (best, best, "--dataset", tmp_path / "none.jsonl"): "none.jsonl",
+        (best, best, "--dataset", jsonl([{"question": "?"}])): "rows.jsonl:1 has no `think`",
+    }.items():
+        done = module("loop.compare", *arguments, check=False)
+        assert done.returncode != 0 and message in done.stderr, done.stderr
