@@ -65,9 +65,9 @@ def reply_to(
     prompts = [
         tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True) for dialogue in dialogues
     ]
-    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
-        causal_lm.device
-    )
+    # Padded by `pad`: the tokenizer itself would remember that it padded, and be exported so.
+    rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(causal_lm.device)
     room = causal_lm.config.max_position_embeddings - inputs["input_ids"].shape[1]
     output = (generate or causal_lm.generate)(
         input_ids=inputs["input_ids"],

@@ -88,10 +88,11 @@ def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, m
     plain = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa").eval()
     plain.load_state_dict(model.causal_lm.state_dict())
     plain.generation_config = model.causal_lm.generation_config
-    dialogues = [row.messages[:-1] for row in split.val[:3]]
+    dialogues, before = [row.messages[:-1] for row in split.val[:3]], tokenizer.backend_tokenizer.to_str()
     with ready_to_generate(model.causal_lm):
         ours = reply_to(model.causal_lm, tokenizer, dialogues, 24, model.generate)
     assert ours == reply_to(plain, tokenizer, dialogues, 24)
+    assert tokenizer.backend_tokenizer.to_str() == before
     assert model.causal_lm.training and model.causal_lm.config._attn_implementation == "packed"
 
 
