@@ -50,8 +50,8 @@ def run(config: TrainConfig) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from data.batches import rank_batches, step_batch, steps_per_epoch
-    from data.encode import digest
-    from data.medical import write_split
+    from data.encode import digest, encode_split
+    from data.medical import load_split, write_split
     from data.show import report_table, show_example
     from loop.checkpoint import load_checkpoint, newest_sound
     from loop.early_stopping import EarlyStopping
@@ -64,13 +64,13 @@ def run(config: TrainConfig) -> None:
     from loop.report import write_report
     from loop.run_folder import check_same_run, keep_global_batch, read_status, write_status
     from loop.samples import Samples
-    from loop.saving import CheckpointWriter, agree
+    from loop.saving import CheckpointWriter, save_best
     from loop.state import TrainState, read_state
     from loop.tracking import Tracker, choose_mode, peak_memory_gib
-    from model.export import card, export, restore_export
+    from model.export import card, restore_export
     from model.lora import add_lora
     from model.loss import SFTModel
-    from model.qwen3 import load_model, outline
+    from model.qwen3 import load_model, load_tokenizer, outline
 
     disable_progress_bar()  # of loading and saving weights: the only bar is the loop's
     output_dir = Path(config.output_dir)
@@ -82,7 +82,9 @@ def run(config: TrainConfig) -> None:
 
     # --- data: every rank reads the same rows, the main process writes them down ----------------
     with accelerator.local_main_process_first():  # a download happens once
-        split, tokenizer, train, val = load_data(config)
+        split = load_split(config.dataset, config.system_prompt, config.val_fraction, config.seed)
+        tokenizer = load_tokenizer(config.model, split.texts(), weights=not config.dry_run)
+    train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = config.max_steps
@@ -168,17 +170,9 @@ def run(config: TrainConfig) -> None:
 
     def export_best(metrics: EvalMetrics) -> None:
         """All ranks; raises SaveError."""
-        weights, error = accelerator.get_state_dict(model), None
-        if accelerator.is_main_process:
-            try:
-                weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
-                figures = {"step": state.step, "perplexity": metrics.perplexity, **metrics._asdict()}
-                figures |= {"num_train": len(train), "num_val": len(val)}
-                texts = card(run_facts | figures, config.language, causal_lm.generation_config)
-                export(causal_lm, weights, tokenizer, best, texts)
-            except Exception as failure:  # OSError, or safetensors' own
-                error = failure
-        agree(error)
+        figures = {"step": state.step, "num_train": len(train), "num_val": len(val), "perplexity": metrics.perplexity}
+        texts = card(run_facts | figures | metrics._asdict(), config.language, causal_lm.generation_config)
+        save_best(accelerator, model, tokenizer, best, texts)
 
     # --- train ----------------------------------------------------------------------------------
     facts |= {"world_size": accelerator.num_processes, "device": str(accelerator.device)}
@@ -237,28 +231,6 @@ def run(config: TrainConfig) -> None:
     if accelerator.is_main_process and best.exists() and status != "interrupted":
         print(f"report: {write_report(output_dir, config.language)}")
     end_processes(accelerator)
-
-
-def load_data(config: TrainConfig):
-    """(Split, tokenizer, train Examples, val Examples), the Split's report completed with token counts."""
-    from data.encode import encode_rows, token_report
-    from data.medical import load_split
-    from data.source import DataError
-    from model.qwen3 import load_tokenizer
-
-    split = load_split(config.dataset, config.system_prompt, config.val_fraction, config.seed)
-    texts = (
-        message["content"] + message.get("reasoning_content", "") for row in split.train for message in row.messages
-    )
-    tokenizer = load_tokenizer(config.model, texts, weights=not config.dry_run)
-    sides = {}
-    for name, rows in (("train", split.train), ("val", split.val)):
-        sides[name], problems = encode_rows(rows, tokenizer, config.max_length, config.overlong)
-        split.report[name] = token_report(sides[name], problems)
-        split.report["problems"] += problems
-        if not sides[name]:
-            raise DataError(f"{config.dataset}: no {name} row fits into max_length {config.max_length} tokens")
-    return split, tokenizer, sides["train"], sides["val"]
 
 
 def use_color() -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.medical import Row
+from data.medical import Row, Split
 from data.source import DataError
 
 
@@ -67,6 +67,19 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
             "Raise --max-length or choose --overlong truncate or drop"
         )
     return examples, problems
+
+
+def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[Example]]:
+    """The Examples of train and val; completes split.report with token counts. Raises DataError where one is empty."""
+    sides = []
+    for name, rows in (("train", split.train), ("val", split.val)):
+        examples, problems = encode_rows(rows, tokenizer, max_length, overlong)
+        split.report[name] = token_report(examples, problems)
+        split.report["problems"] += problems
+        if not examples:
+            raise DataError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
+        sides.append(examples)
+    return sides[0], sides[1]
 
 
 def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.source import DataError, find_source, read_source
@@ -41,6 +42,12 @@ class Split:
     train: list[Row]
     val: list[Row]
     report: dict
+
+    def texts(self) -> Iterator[str]:
+        """Of every training row, from which a tokenizer can be made."""
+        for row in self.train:
+            for message in row.messages:
+                yield message["content"] + message.get("reasoning_content", "")
 
 
 def to_messages(columns: dict, system_prompt: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Writing checkpoints behind the training: whole or not at all, and the oldest pruned."""
+"""Writing checkpoints behind the training, and the best model: whole or not at all."""
 
 import dataclasses
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from loop.checkpoint import IO_ERRORS, checkpoints, fingerprints, plain_tensors
 from loop.run_folder import RunError, sync_folder, write_json
 from loop.state import TrainState
+from model.export import export
 
 MAX_FAILED_SAVES_IN_A_ROW = 3
 
@@ -127,6 +129,18 @@ def write_checkpoint(root: Path, copy: dict, facts: dict, save_total_limit: int,
             trash = old.with_name(f".trash-{old.name}")
             old.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
+
+
+def save_best(accelerator: Accelerator, model, tokenizer, folder: Path, texts: dict[str, str]) -> None:
+    """Exports the weights of now, with further files. All ranks; raises SaveError, with the older export intact."""
+    weights, error = accelerator.get_state_dict(model), None
+    if accelerator.is_main_process:
+        try:
+            weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
+            export(accelerator.unwrap_model(model).causal_lm, weights, tokenizer, folder, texts)
+        except Exception as failure:  # OSError, or safetensors' own
+            error = failure
+    agree(error)
 
 
 def agree(error: BaseException | None, group=None) -> None:

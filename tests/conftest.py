@@ -37,9 +37,7 @@ def split():
 
 @pytest.fixture(scope="session")
 def tokenizer(split):
-    return tiny_tokenizer(
-        message["content"] + message.get("reasoning_content", "") for row in split.train for message in row.messages
-    )
+    return tiny_tokenizer(split.texts())
 
 
 @pytest.fixture(scope="session")

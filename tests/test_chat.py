@@ -254,7 +254,15 @@ def test_the_card_keeps_the_system_prompt(best):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_no_text_of_a_card_is_missing(language, best):
     facts = {"system_prompt": "", "model": "Qwen/Qwen3-1.7B", "dataset": "owner/name", "run_name": "run", "step": 5}
-    facts |= {"num_train": 1, "num_val": 1, "learning_rate": 1e-4, "rows_per_step": 4, "max_length": 9, "max_steps": 7}
+    facts |= {
+        "num_train": 1,
+        "num_val": 1,
+        "learning_rate": 1e-4,
+        "rows_per_step": 4,
+        "max_length": 9,
+        "max_steps": 7,
+        "lora_rank": 0,
+    }
     facts |= {"loss": 1.5, "think_loss": 1.0, "answer_loss": 2.0, "perplexity": 4.5}
     own = load_for_generation(best, torch.device("cpu"))[0].generation_config
     texts = card(facts, language, own)

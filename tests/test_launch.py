@@ -140,7 +140,7 @@ def test_two_nodes_train_one_model(command, tmp_path):
     assert [node.process.wait(120) for node in nodes] == [0, 0], nodes[0].log.read_text() + nodes[1].log.read_text()
     assert set(run([*args, tmp_path / "whole"], "ddp2", log=tmp_path / "end").codes) == {0}
     assert_same_end(tmp_path / "run", tmp_path / "whole")
-    assert len(metrics_of(tmp_path / "run")) == 22
+    assert len(metrics_of(tmp_path / "run")) == 23
 
 
 @pytest.mark.parametrize("file", ["fsdp2.yaml", "multi_node.yaml"])

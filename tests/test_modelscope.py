@@ -96,7 +96,7 @@ def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
     train_py("tiny", *names, "--max-steps", "1", "--output-dir", tmp_path / "second", **environment)
     first, second = (metrics_of(tmp_path / name) for name in ("first", "second"))
     # The second run begins with the weights that the first one ended with, in bf16.
-    assert second[0]["eval/loss"] == pytest.approx(first[-1]["eval/loss"], abs=2e-3)
+    assert second[0]["eval/loss"] == pytest.approx(first[-2]["eval/loss"], abs=2e-3)
     fetched = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert {"model.safetensors", "r1_data.jsonl"} <= fetched and not {"evil.py", "pytorch_model.bin"} & fetched
 
