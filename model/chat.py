@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.hub import HubError
 from model.export import system_prompt_of
-from model.generate import ReplyStream, TooLong, load_for_generation
+from model.generate import ReplyStream, ReplyError, load_for_generation
 from model.qwen3 import ModelError
 
 HELP = """\
@@ -91,7 +91,7 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
                 pass
         else:
             show(Console(), stream)
-    except TooLong as error:
+    except ReplyError as error:
         raise SystemExit(f"model.chat: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -139,11 +139,10 @@ def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> N
         elif line:
             try:
                 stream = ReplyStream(causal_lm, tokenizer, [*messages, user(line)], thinking, **settings)
-            except TooLong as error:
-                console.print(f"{error}: /clear begins a new one", style="red", markup=False)
-                continue
-            try:
                 show(console, stream)
+            except ReplyError as error:
+                console.print(f"{error}; /clear begins a new dialogue", style="red", markup=False)
+                continue
             except KeyboardInterrupt:
                 console.print("\n(ended by Ctrl+C)", style="dim")
                 continue

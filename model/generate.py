@@ -101,8 +101,8 @@ def split_reply(ids: list[int], tokenizer, ends: list[int]) -> Reply:
     return Reply(think, answer, closed, stopped=end is not None)
 
 
-class TooLong(Exception):
-    """The dialogue leaves the model no room for a reply."""
+class ReplyError(Exception):
+    """There can be no reply: the dialogue leaves no room for one, or the model failed."""
 
 
 class ReplyStream(BaseStreamer):
@@ -115,14 +115,14 @@ class ReplyStream(BaseStreamer):
         self, causal_lm, tokenizer, dialogue: list[dict], thinking: bool = True, max_new_tokens: int = 2048, **sampling
     ):
         """dialogue ends with a user message; thinking False asks for an answer alone; sampling: keywords of
-        `generate` that take the place of the model's generation_config. Raises TooLong."""
+        `generate` that take the place of the model's generation_config. Raises ReplyError."""
         prompt = tokenizer.apply_chat_template(
             dialogue, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
         length, limit = inputs["input_ids"].shape[1], causal_lm.config.max_position_embeddings
         if length >= limit:
-            raise TooLong(f"the dialogue has {length} tokens and the model takes {limit}")
+            raise ReplyError(f"the dialogue has {length} tokens and the model takes {limit}")
         self.tokenizer, self.ends = tokenizer, end_tokens(causal_lm)
         self.ids: list[int] = []
         self.prompt_is_past, self.stopping, self.arrived = False, threading.Event(), queue.SimpleQueue()
@@ -164,7 +164,7 @@ class ReplyStream(BaseStreamer):
         try:
             while (token := self.arrived.get()) is not None:
                 if isinstance(token, Exception):
-                    raise token
+                    raise ReplyError(f"the model failed: {token}") from token
                 self.ids.append(token)
                 self.seconds = time.perf_counter() - self.started
                 if token in self.ends:

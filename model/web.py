@@ -3,7 +3,7 @@
 import os
 import time
 
-from model.generate import ReplyStream, TooLong
+from model.generate import ReplyStream, ReplyError
 
 EXAMPLES = [
     "最近总是头晕，尤其是站起来的时候，要紧吗？",
@@ -24,16 +24,16 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
     def reply(message: str, history: list[dict]):
         dialogue = [{"role": "system", "content": system}] if system else []
         dialogue += [*spoken(history), {"role": "user", "content": message}]
+        started, seconds, texts = time.perf_counter(), 0.0, {"think": "", "answer": ""}
         try:
             stream = ReplyStream(causal_lm, tokenizer, dialogue, thinking, **settings)
-        except TooLong as error:
+            for part, text in stream:
+                texts[part] += text
+                if part == "think":
+                    seconds = time.perf_counter() - started
+                yield bubbles(gradio, texts, seconds, done=part == "answer")
+        except ReplyError as error:
             raise gradio.Error(f"{error}; 请新建对话 / begin a new one") from None
-        started, seconds, texts = time.perf_counter(), 0.0, {"think": "", "answer": ""}
-        for part, text in stream:
-            texts[part] += text
-            if part == "think":
-                seconds = time.perf_counter() - started
-            yield bubbles(gradio, texts, seconds, done=part == "answer")
         if not stream.reply.stopped:
             gradio.Warning("回复被截断 / cut off: --max-new-tokens")
         if not any(texts.values()):

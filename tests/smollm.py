@@ -29,14 +29,16 @@ def rows() -> list[dict]:
 
 
 def smollm(folder: Path) -> Path:
-    """A Hugging Face folder of the model with <think> and </think> as words; skips where it cannot be had.
+    """A Hugging Face folder of the model; skips where it cannot be had. Two words that its training never met much
+    are renamed <think> and </think>, so no weight is new.
 
     SMOLLM2 names the folder of a .gguf file that is there already.
     """
     pytest.importorskip("gguf")
+    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.qwen3 import THINK_TOKENS, TINY_TEMPLATE
+    from model.qwen3 import TINY_TEMPLATE
 
     source = Path(os.environ.get("SMOLLM2", folder))
     if not list(source.rglob("*.gguf")):
@@ -49,9 +51,11 @@ def smollm(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None  # it is plain by now, but would not be saved
     del model.config.quantization_config
-    tokenizer.add_tokens(THINK_TOKENS)
     tokenizer.chat_template = TINY_TEMPLATE
-    model.resize_token_embeddings(len(tokenizer))
+    words = tokenizer.backend_tokenizer.to_str()
+    for word, name in (("<file_sep>", "<think>"), ("<jupyter_start>", "</think>")):
+        words = words.replace(f'"{word}"', f'"{name}"')
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    Tokenizer.from_str(words).save(str(folder / "model/tokenizer.json"))
     return folder / "model"

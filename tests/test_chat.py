@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from model.chat import parse, sampling
 from model.export import card, system_prompt_of
-from model.generate import ReplyStream, TooLong, load_for_generation, reply_to
+from model.generate import ReplyStream, ReplyError, load_for_generation, reply_to
 
 THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
 
@@ -116,8 +116,15 @@ def test_leaving_a_stream_ends_the_generation(tokenizer):
 
 
 def test_a_dialogue_that_fills_the_context_is_refused(tokenizer):
-    with pytest.raises(TooLong, match=r"the dialogue has \d+ tokens and the model takes 200"):
+    with pytest.raises(ReplyError, match=r"the dialogue has \d+ tokens and the model takes 200"):
         ReplyStream(Scripted(tokenizer, "答"), tokenizer, [{"role": "user", "content": "长" * 500}])
+
+
+def test_a_model_that_fails_is_told(tokenizer):
+    model = Scripted(tokenizer, "答")
+    model.generate = lambda **_: 1 / 0
+    with pytest.raises(ReplyError, match="the model failed: division by zero"):
+        list(ReplyStream(model, tokenizer, QUESTION))
 
 
 def test_streamed_and_batched_replies_agree(best):
