@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.hub import HubError
 from model.export import system_prompt_of
-from model.generate import ReplyStream, ReplyError, load_for_generation
+from model.generate import ReplyError, ReplyStream, load_for_generation
 from model.qwen3 import ModelError
 
 HELP = """\

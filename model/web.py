@@ -3,7 +3,7 @@
 import os
 import time
 
-from model.generate import ReplyStream, ReplyError
+from model.generate import ReplyError, ReplyStream
 
 EXAMPLES = [
     "最近总是头晕，尤其是站起来的时候，要紧吗？",

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from model.chat import parse, sampling
 from model.export import card, system_prompt_of
-from model.generate import ReplyStream, ReplyError, load_for_generation, reply_to
+from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
 
 THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
 
