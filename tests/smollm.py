@@ -29,8 +29,8 @@ def rows() -> list[dict]:
 
 
 def smollm(folder: Path) -> Path:
-    """A Hugging Face folder of the model; skips where it cannot be had. Two words that its training never met much
-    are renamed <think> and </think>, so no weight is new.
+    """A Hugging Face folder of the model; skips where it cannot be had. Two special words
+    of its pretraining on code, which chats do not use, are renamed <think> and </think>, so no weight is new.
 
     SMOLLM2 names the folder of a .gguf file that is there already.
     """
@@ -53,7 +53,7 @@ def smollm(folder: Path) -> Path:
     del model.config.quantization_config
     tokenizer.chat_template = TINY_TEMPLATE
     words = tokenizer.backend_tokenizer.to_str()
-    for word, name in (("<file_sep>", "<think>"), ("<jupyter_start>", "</think>")):
+    for word, name in (("<filename>", "<think>"), ("<repo_name>", "</think>")):
         words = words.replace(f'"{word}"', f'"{name}"')
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -9,7 +9,7 @@ from conftest import ROOT
 from runs import metrics_of
 from smollm import rows, smollm
 
-ARGS = ["tiny", "--system-prompt", "", "--val-fraction", "0.2", "--max-length", "128", "--learning-rate", "2e-4",
+ARGS = ["tiny", "--system-prompt", "", "--val-fraction", "0.2", "--max-length", "128", "--learning-rate", "5e-4",
         "--num-train-epochs", "4", "--eval-steps", "6", "--sample-max-new-tokens", "64", "--seed", "1"]  # fmt: skip
 
 
