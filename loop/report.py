@@ -32,6 +32,9 @@ class Verdict(NamedTuple):
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
     """Raises RunError where run_dir holds no run or no evaluation of it. Overwrites an older report."""
+    from loop.samples import format_rates
+    from model.generate import Reply
+
     run = read_run(run_dir)
     language = language or run.get("language", "zh")
     rows = read_lines(run_dir / "metrics.jsonl")
@@ -44,10 +47,9 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
     verdict = judge(evaluations, train)
     samples = read_lines(run_dir / "samples.jsonl")
     answers = [sample for sample in samples if sample["model"] == "best"]
-    rates = [{name: row[name] for name in row if "format/" in name} for row in rows if "format/closed" in row]
-    rates += [row for row in rows if "best_format/closed" in row]
     if not answers and samples:  # not at its end yet: what the newest evaluation got
         answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    rates = format_rates([Reply(*(sample[name] for name in Reply._fields)) for sample in answers]) if answers else {}
     data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
     status = read_status(run_dir)
     if status == "running" and not is_held(run_dir):
@@ -70,9 +72,8 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         peak_gib=max(row["memory/peak_gib"] for row in train) if train else None,
         step=max(row["step"] for row in rows),
         answers=answers[:NUM_ANSWERS],
-        of_best=bool(answers) and answers[0]["model"] == "best",
         num_answers=len(answers),
-        rates=rates[-1] if rates else None,
+        rates={name: f"{rate:.0%}" for name, rate in rates.items()},
     )
     draw(run_dir / "report", train, evaluations, verdict, status)
     replace_text(run_dir / "report.md", text)

@@ -87,7 +87,7 @@ def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
     (run / "samples.jsonl").write_text("".join(samples[:6]))
     module("loop.report", run)
     text = (run / "report.md").read_text()
-    assert "its process is gone" in text and "The model of step" in text and text.count("### Question") == 3
+    assert "its process is gone" in text and "The model in training (step" in text and text.count("### Question") == 3
 
 
 def test_without_samples_and_without_training_there_is_still_a_report(overfitted, tmp_path):
