@@ -14,6 +14,7 @@ import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -161,6 +162,8 @@ class MetadataUnpickler(pickle.Unpickler):
     """Admits the classes that describe tensors: https://docs.python.org/3/library/pickle.html#restricting-globals"""
 
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):
+            return enum_member
         if (
             module == "torch.distributed.checkpoint.metadata"
             or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
@@ -170,3 +173,10 @@ class MetadataUnpickler(pickle.Unpickler):
         ) and "." not in name:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint does not hold {module}.{name}")
+
+
+def enum_member(kind: type[Enum], name: str) -> Enum:
+    """What Python 3.11.0 to 3.11.3 writes for a member of an Enum is getattr(kind, name)."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"a checkpoint does not hold an attribute of {kind}")
+    return kind[name]

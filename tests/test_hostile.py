@@ -286,3 +286,30 @@ def test_secrets_reach_no_output(tmp_path):
     assert list((tmp_path / "run/swanlog").rglob("*.swanlab")) and (tmp_path / "run/best").is_dir()
     outputs = {**files_of(tmp_path / "run"), **files_of(tmp_path / "home"), "out": done.stdout, "err": done.stderr}
     assert [name for name, content in outputs.items() if b"s3cr3t" in content] == []
+
+
+def test_a_member_of_an_enum_is_all_that_getattr_may_name():
+    """Python 3.11.0 to 3.11.3 pickle one as getattr(kind, name)."""
+    import io
+    import pickle
+
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
+
+    from loop.checkpoint import MetadataUnpickler
+
+    class Attribute:
+        def __init__(self, *of):
+            self.of = of
+
+        def __reduce__(self):
+            return getattr, self.of
+
+    def read(*of):
+        return MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(*of)))).load()
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read(_MEM_FORMAT_ENCODING, member.name) is member
+    with pytest.raises(pickle.UnpicklingError):
+        read(TensorProperties, "__init__")
+    with pytest.raises(KeyError):
+        read(_MEM_FORMAT_ENCODING, "__init__")
