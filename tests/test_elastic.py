@@ -13,7 +13,8 @@ from loop.checkpoint import checkpoints
 
 # 31 rows, 12 a step: windows of 12, 12 and 7 rows.
 ARGS = ["tiny", "--max-steps", "10", "--val-fraction", "0.2", "--eval-steps", "5", "--logging-steps", "1"]
-ARGS += ["--learning-rate", "1e-4", "--max-length", "192", "--early-stopping-patience", "0", "--save-steps", "100"]
+ARGS += ["--learning-rate", "1e-4", "--max-length", "192", "--early-stopping-patience", "0", "--save-steps", "100",
+         "--sample-max-new-tokens", "8"]  # fmt: skip
 # strategy, rows in a micro-batch, micro-batches, rows in an evaluation micro-batch, tokens in a micro-batch
 CUTS = [
     ("one", 1, 12, 1, 0),

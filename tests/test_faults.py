@@ -26,7 +26,8 @@ from model.generate import load_for_generation
 
 # 11 rows and 4 a step: epochs of three steps.
 ARGS = ["tiny", "--max-steps", "8", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "1"]
-ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0"]
+ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0",
+         "--sample-max-new-tokens", "8"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

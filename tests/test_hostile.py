@@ -192,7 +192,7 @@ def edit_json(path: Path, **fields) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-SHORT = ["tiny", "--max-steps", "2", "--save-steps", "1", "--max-length", "256"]
+SHORT = ["tiny", "--max-steps", "2", "--save-steps", "1", "--max-length", "256", "--sample-max-new-tokens", "8"]
 
 
 def test_a_pickle_in_a_model_folder_is_not_opened(model_folder, tmp_path):

@@ -14,7 +14,8 @@ from ranks import run
 from runs import assert_same_end, metrics_of, status_of
 
 ARGS = ["tiny", "--max-steps", "160", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
-ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4"]
+ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4",
+         "--sample-max-new-tokens", "8"]  # fmt: skip
 TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
 
 

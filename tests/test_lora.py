@@ -87,11 +87,11 @@ def test_a_resumed_lora_run_ends_alike_on_one_process_and_on_shards(tmp_path):
     assert json.loads(best["adapter/adapter_config.json"])["r"] == 4 and "LoRA" in best["README.md"].decode()
 
 
-def test_the_rank_is_part_of_what_the_run_is(train_py, tmp_path):
-    args = [*LORA[:1], *LORA[3:], "--num-samples", "0", "--output-dir", tmp_path]
-    train_py(*args, "--lora-rank", "4")
-    refusal = train_py(*args, "--lora-rank", "8", "--resume", check=False)
-    assert refusal.returncode == 2 and "lora_rank: 4 -> 8" in refusal.stderr
+def test_the_rank_is_part_of_what_the_run_is(tmp_path):
+    args = [*LORA, "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "run"]
+    assert run(args, log=tmp_path / "log").codes == [0]
+    refusal = run([*args, "--lora-rank", "8", "--resume"], log=tmp_path / "log")
+    assert refusal.codes == [2] and "lora_rank: 4 -> 8" in refusal.output
 
 
 def test_memory_is_predicted_for_what_is_trained(tokenizer):

@@ -118,7 +118,8 @@ def command(tmp_path_factory):
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
     return ["tiny", "--dataset", rows, "--max-steps", "6", "--eval-steps", "3", "--save-steps", "3",
-            "--logging-steps", "1", "--max-length", "192", "--val-fraction", "0.3"]  # fmt: skip
+            "--logging-steps", "1", "--max-length", "192", "--val-fraction", "0.3",
+            "--sample-max-new-tokens", "8"]  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_loaded(command, tmp_path):

@@ -80,7 +80,8 @@ def hub(tmp_path):
 
 def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
     root, environment = hub
-    assert run(["tiny", "--max-steps", "1", "--output-dir", tmp_path / "first"]).codes == [0]
+    short = ["tiny", "--max-steps", "1", "--sample-max-new-tokens", "8", "--output-dir"]
+    assert run([*short, tmp_path / "first"]).codes == [0]
     model, dataset = root / "models/Qwen/Qwen3-1.7B", root / "datasets/krisfu/delicate_medical_r1_data"
     shutil.copytree(tmp_path / "first/best", model)
     (model / "evil.py").write_text("raise SystemExit('executed')")
@@ -93,7 +94,7 @@ def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
     dry = train_py("tiny", *names, "--dry-run", **environment)
     assert "120 rows read from r1_data.jsonl" in dry.stdout
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a dry run fetches no weights
-    train_py("tiny", *names, "--max-steps", "1", "--output-dir", tmp_path / "second", **environment)
+    train_py(*short, tmp_path / "second", *names, **environment)
     first, second = (metrics_of(tmp_path / name) for name in ("first", "second"))
     # The second run begins with the weights that the first one ended with, in bf16.
     assert second[0]["eval/loss"] == pytest.approx(first[-2]["eval/loss"], abs=2e-3)

@@ -14,7 +14,8 @@ from runs import TIMES, files_of, metrics_of
 from loop.checkpoint import checkpoints
 from model.generate import load_for_generation, reply_to
 
-SHORT = ["tiny", "--max-steps", "12", "--eval-steps", "4", "--save-steps", "4", "--logging-steps", "3"]
+SHORT = ["tiny", "--max-steps", "12", "--eval-steps", "4", "--save-steps", "4", "--logging-steps", "3",
+         "--sample-max-new-tokens", "8"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
     """A learning rate that ruins the model: the first evaluation stays the best, and it is what is exported."""
     out = tmp_path / "out"
     args = ["--learning-rate", "0.5", "--eval-steps", "1", "--early-stopping-patience", "2", "--warmup-ratio", "0"]
-    done = run(["tiny", *args, "--output-dir", out], log=tmp_path / "log")
+    done = run(["tiny", *args, "--num-samples", "0", "--output-dir", out], log=tmp_path / "log")
     assert done.codes == [0]
     evals = [row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row]
     assert len(evals) == 3 and min(evals) == evals[0]
@@ -110,7 +111,7 @@ def test_a_run_that_diverges_stops_and_names_the_rows(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out, broken, good = tmp_path / "out", tmp_path / "broken", tmp_path / "good"
-    assert run(["tiny", "--max-steps", "1", "--output-dir", good]).codes == [0]
+    assert run(["tiny", "--max-steps", "1", "--num-samples", "0", "--output-dir", good]).codes == [0]
     model = AutoModelForCausalLM.from_pretrained(good / "best")
     model.model.norm.weight.data[0] = float("nan")
     model.save_pretrained(broken)
@@ -134,7 +135,7 @@ def test_dialogues_and_rows_without_thinking_train(jsonl, tmp_path):
         {"messages": [*turns[:2], {**turns[2], "content": f"{i}"}, turns[3]]} for i in range(10)
     ]
     out = tmp_path / "out"
-    args = ["tiny", "--dataset", jsonl(rows), "--max-steps", "2", "--output-dir", out]
+    args = ["tiny", "--dataset", jsonl(rows), "--max-steps", "2", "--sample-max-new-tokens", "8", "--output-dir", out]
     done = run([*args, "--per-device-train-batch-size", "3"], log=tmp_path / "log")
     assert done.codes == [0]
     report = json.loads((out / "data/data_report.json").read_text())
@@ -145,7 +146,17 @@ def test_dialogues_and_rows_without_thinking_train(jsonl, tmp_path):
 def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
     """No account, no network, no terminal: the run is written for a later `swanlab sync`."""
     out = tmp_path / "out"
-    args = ["--max-steps", "2", "--logging-steps", "1", "--output-dir", out, "--swanlab-mode"]
+    args = [
+        "--max-steps",
+        "2",
+        "--logging-steps",
+        "1",
+        "--sample-max-new-tokens",
+        "8",
+        "--output-dir",
+        out,
+        "--swanlab-mode",
+    ]
     done = train_py("tiny", *args, "offline", SWANLAB_MODE=None, SWANLAB_PROJECT="名字", HOME=str(tmp_path))
     assert "swanlab sync --id" in done.stdout
     (run,) = (out / "swanlog").glob("run-*")
