@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from loop.checkpoint import IO_ERRORS, checkpoints, fingerprints, plain_tensors
@@ -30,7 +31,8 @@ class SaveError(Exception):
 class CheckpointWriter:
     """Writes step-<step> folders under root, one at a time, keeping the newest save_total_limit. All ranks.
 
-    The training stands still for a copy to host memory alone, as large as weights and moments of this rank.
+    The training stands still for a copy to host memory alone, as large as weights and moments of this rank's
+    shards; under DDP of the main process alone.
     """
 
     def __init__(self, root: Path, save_total_limit: int, device: torch.device):
@@ -60,7 +62,10 @@ class CheckpointWriter:
         """Waits for the write before, copies, and begins to write. Raises what `wait` raises."""
         self.wait()
         weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-        copy = self.stager.stage(plain_tensors({"model": weights, "optimizer": optimizer_state}))
+        has_shards = any(isinstance(weight, DTensor) for weight in weights.values())
+        whole = {"model": weights, "optimizer": optimizer_state}
+        # Under DDP every rank has all of it, and one copy in host memory is enough.
+        copy = self.stager.stage(plain_tensors(whole if has_shards or rank_of() == 0 else {}))
         facts = dataclasses.asdict(state)
         write = self.thread.submit(write_checkpoint, self.root, copy, facts, self.save_total_limit, self.group)
         self.writing = state.step, write
