@@ -38,6 +38,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:  # a device without bf16, say
         raise RunError(f"{error} (--mixed-precision no computes in fp32)") from error
+    device = accelerator.device
+    # Before Ampere PyTorch emulates bf16, slowly and in part.
+    if config.mixed_precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16; --mixed-precision no computes in fp32")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RunError(

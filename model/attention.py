@@ -48,9 +48,11 @@ def packed_attention(
         return out.unsqueeze(0), None
     if device == "cpu" and not dropout:
         return cpu_attention(query, key, value, cu_seqlens, scaling)[0], None
+    # Heads are repeated, for the kernel that keeps no scores in fp32 knows no groups of them.
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     lengths = cu_seqlens.diff().tolist()
     rows = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
         for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(rows, dim=2).transpose(1, 2), None

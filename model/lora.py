@@ -3,6 +3,7 @@
 peft puts the updates into the linear layers in place, so the model stays the same model to the loop.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,17 +30,18 @@ def add_lora(causal_lm, rank: int, base_model: str) -> None:
     inject_adapter_in_model(config, causal_lm)
 
 
-def merged(state_dict: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """The state dict without updates: each weight is W + scale * B A, computed in fp32, with the names of W."""
-    result = {}
+def merged(state_dict: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """The items of the state dict without updates: each weight is W + scale * B A in fp32, with the name of W.
+
+    One at a time, so that a card need not hold a second model.
+    """
     for name, weight in state_dict.items():
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
             a, b = (state_dict[f"{layer}.lora_{part}.{NAME}.weight"].float() for part in "AB")
-            result[f"{layer}.weight"] = weight.float() + scale * (b @ a)
+            yield f"{layer}.weight", weight.float() + scale * (b @ a)
         elif ".lora_" not in name:
-            result[name] = weight
-    return result
+            yield name, weight
 
 
 def save_adapter(causal_lm, state_dict: dict[str, torch.Tensor], folder: Path) -> None:

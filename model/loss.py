@@ -5,6 +5,9 @@ from torch import nn
 
 # Rows of logits that are worked on in fp32 at one time: 128 of Qwen3's 151,936-word logits are 78 MB.
 BLOCK = 128
+# Targets whose logits exist at one time where there is no gradient: an evaluation lays more rows end to end than
+# training does, and must not need more memory.
+EVAL_CHUNK = 1024
 # Words whose part of the head's gradient is made at one time, before it is added up in fp32.
 WORDS = 16384
 
@@ -50,7 +53,7 @@ class SFTModel(nn.Module):
             hidden[target_positions],
             self.causal_lm.lm_head.weight,
             target_ids,
-            self.loss_chunk,
+            self.loss_chunk if torch.is_grad_enabled() else min(self.loss_chunk, EVAL_CHUNK),
             torch.is_grad_enabled(),
             count_correct,
         )
