@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.encode import Example
+from data.encode import Example, render_prompt
 from data.medical import Row
 from loop.config import TrainConfig
-from loop.tracking import Tracker, keep_rows
+from loop.tracking import Tracker, keep_rows, warn
 from model.generate import Reply, load_for_generation, ready_to_generate, reply_to
 
 NUM_OF_BEST = 32  # questions that the best model answers
@@ -49,7 +49,8 @@ class Samples:
         rows, sft_model = self.rows[: self.num_samples], accelerator.unwrap_model(model)
         generate = functools.partial(sft_model.generate, synced_gpus=accelerator.is_fsdp2)
         with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
-            replies = reply_to(sft_model.causal_lm, self.tokenizer, prompts(rows), self.max_new_tokens, generate)
+            asked = prompts(rows, self.tokenizer)
+            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate)
         if self.is_main_process:
             self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
         return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
@@ -60,7 +61,7 @@ class Samples:
             return
         causal_lm, tokenizer = load_for_generation(best, device)
         rows = self.rows[:NUM_OF_BEST]
-        replies = reply_to(causal_lm, tokenizer, prompts(rows), self.max_new_tokens)
+        replies = reply_to(causal_lm, tokenizer, prompts(rows, tokenizer), self.max_new_tokens)
         lines = [line(best_step, "best", row, reply) for row, reply in zip(rows, replies, strict=True)]
         self.write(lines)
         rates = format_rates(replies)
@@ -71,15 +72,19 @@ class Samples:
         print(f"\n{len(replies)} answers of the best model: " + ", ".join(f"{n} {r:.0%}" for n, r in rates.items()))
 
     def write(self, lines: list[dict]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in lines)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in lines)
+        except OSError as error:
+            warn(f"{self.path}: {error}")
         texts = [(s["question"], f"Q: {s['question']}\n\nThink: {s['think']}\n\nA: {s['answer']}") for s in lines]
         of_best = lines[0]["model"] == "best"
         self.tracker.log_text("samples/best" if of_best else "samples/training", texts, lines[0]["step"])
 
 
-def prompts(rows: list[Row]) -> list[list[dict]]:
-    return [row.messages[:-1] for row in rows]
+def prompts(rows: list[Row], tokenizer) -> list[str]:
+    """As each row was trained: where its reply does not think, asking for an answer alone."""
+    return [render_prompt(row.messages, tokenizer) for row in rows]
 
 
 def line(step: int, model: str, row: Row, reply: Reply) -> dict:

@@ -51,7 +51,7 @@ def test_merging_is_pefts_own(trained, tmp_path, tokenizer, examples):
 
     model, base = trained
     weights = model.causal_lm.state_dict()
-    ours = merged(weights, 2.0)
+    ours = dict(merged(weights, 2.0))
     export(model.causal_lm, weights, tokenizer, tmp_path / "best")
     plain = load_model("tiny", tokenizer, gradient_checkpointing=False)
     plain.load_state_dict(base)

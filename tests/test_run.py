@@ -12,6 +12,7 @@ from ranks import run
 from runs import TIMES, files_of, metrics_of
 
 from loop.checkpoint import checkpoints
+from loop.samples import prompts
 from model.generate import load_for_generation, reply_to
 
 SHORT = ["tiny", "--max-steps", "12", "--eval-steps", "4", "--save-steps", "4", "--logging-steps", "3",
@@ -174,11 +175,17 @@ def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
     assert refusal.returncode == 2 and "swanlab login" in refusal.stderr and not (tmp_path / "other/data").exists()
 
 
-def test_replies_are_split_by_token_id(finished, split):
+def test_replies_are_split_by_token_id(finished, split, monkeypatch):
+    """One at a time, in one batch and in several; a prompt that fills the context gets an empty reply."""
     model, tokenizer = load_for_generation(finished[0] / "best", torch.device("cpu"))
-    dialogues = [row.messages[:-1] for row in split.val[:3]]
-    together = reply_to(model, tokenizer, dialogues, max_new_tokens=20)
-    assert together == [reply_to(model, tokenizer, [dialogue], max_new_tokens=20)[0] for dialogue in dialogues]
+    asked = prompts(split.val[:3], tokenizer)
+    together = reply_to(model, tokenizer, asked, max_new_tokens=20)
+    assert together == [reply_to(model, tokenizer, [prompt], max_new_tokens=20)[0] for prompt in asked]
+    monkeypatch.setattr("model.generate.BATCH", 2)
+    too_long = "长" * model.config.max_position_embeddings
+    replies = reply_to(model, tokenizer, [*asked[:2], too_long, asked[2]], max_new_tokens=20)
+    assert replies == [*together[:2], ("", "", False, False), together[2]]
+    assert reply_to(model, tokenizer, [too_long], max_new_tokens=20) == [("", "", False, False)]
 
     from model.generate import split_reply
 

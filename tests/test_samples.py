@@ -9,11 +9,15 @@ from runs import metrics_of
 from torch.nn.functional import cross_entropy
 
 from data.batches import collate
-from data.medical import to_messages
+from data.encode import encode_rows
+from data.medical import Row, to_messages
+from loop.config import TrainConfig
 from loop.evaluate import evaluate
-from loop.samples import format_rates
+from loop.report import read_lines
+from loop.samples import Samples, format_rates, prompts
 from loop.step import train_step
-from model.generate import Reply, ready_to_generate, reply_to, split_reply
+from loop.tracking import Tracker, keep_rows
+from model.generate import Reply, has_block, ready_to_generate, reply_to, split_reply
 
 
 def plain_logits(causal_lm, example):
@@ -88,10 +92,10 @@ def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, m
     plain = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa").eval()
     plain.load_state_dict(model.causal_lm.state_dict())
     plain.generation_config = model.causal_lm.generation_config
-    dialogues, before = [row.messages[:-1] for row in split.val[:3]], tokenizer.backend_tokenizer.to_str()
+    asked, before = prompts(split.val[:3], tokenizer), tokenizer.backend_tokenizer.to_str()
     with ready_to_generate(model.causal_lm):
-        ours = reply_to(model.causal_lm, tokenizer, dialogues, 24, model.generate)
-    assert ours == reply_to(plain, tokenizer, dialogues, 24)
+        ours = reply_to(model.causal_lm, tokenizer, asked, 24, model.generate)
+    assert ours == reply_to(plain, tokenizer, asked, 24)
     assert tokenizer.backend_tokenizer.to_str() == before
     assert model.causal_lm.training and model.causal_lm.config._attn_implementation == "packed"
 
@@ -104,6 +108,37 @@ def test_format_rates():
         Reply("想", "", closed=False, stopped=False),
     ]
     assert format_rates(replies) == {"closed": 0.75, "answered": 0.5, "stopped": 0.75, "empty_think": 0.25}
+
+
+def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
+    """A row whose reply does not think: the prompt brings the empty block, which counts as the reply's."""
+    rows = [Row("", {}, to_messages({"question": "头晕？", "think": t, "answer": "多休息。"}, "")) for t in ("想", "")]
+    examples = encode_rows(rows, tokenizer, 512, "error")[0]
+    asked = prompts(rows, tokenizer)
+    for prompt, example in zip(asked, examples, strict=True):
+        assert tokenizer(prompt)["input_ids"] == example.input_ids[: example.prompt_length].tolist()
+    ids, ends = tokenizer("多休息。<|im_end|>")["input_ids"], tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    replies = [split_reply(ids, tokenizer, ends, has_block(prompt)) for prompt in asked]
+    assert replies == [("", "多休息。", False, True), ("", "多休息。", True, True)]
+
+
+def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, capsys):
+    config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
+    tracker = Tracker(config, "disabled", "id", 0, True, {})
+    samples = Samples(config, split.val, examples, tokenizer, tracker, 0, True)
+    samples.path = tmp_path / "no folder" / "samples.jsonl"
+    samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])
+    assert "warning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end_of_line", ["\u2028", "\x85"])
+def test_other_ends_of_lines_in_a_text_do_not_end_a_row(end_of_line, tmp_path):
+    rows = [{"step": step, "question": f"头晕{end_of_line}恶心？", "reference": "nan"} for step in range(4)]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_lines(path) == rows
+    keep_rows(path, 2)
+    assert read_lines(path) == rows[:3]
 
 
 def test_two_blocks_of_thinking_are_not_one(tokenizer):
