@@ -22,7 +22,7 @@ from loop.samples import format_rates, prompts
 from model.export import system_prompt_of
 from model.generate import Reply, load_for_generation, reply_to
 from model.loss import SFTModel
-from model.qwen3 import ModelError, load_model, load_tokenizer
+from model.qwen3 import ModelError, find_model, load_model, load_tokenizer
 
 # name in the JSON -> what it is
 MEASURES = {
@@ -42,6 +42,15 @@ MEASURES = {
 
 
 def main() -> None:
+    try:
+        run()
+    except (DataError, ModelError, HubError, OSError) as error:
+        raise SystemExit(f"loop.compare: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a ModelScope id; the base first")
     parser.add_argument("--dataset", required=True, help="rows that neither was trained on: RUN_DIR/data/val.jsonl")
@@ -58,24 +67,23 @@ def main() -> None:
         from sacrebleu import corpus_bleu  # noqa: F401
     except ImportError:
         raise SystemExit('loop.compare needs sacrebleu and rouge-score: pip install -e ".[compare]"') from None
+    if (args.out / "compare.json").exists():
+        raise SystemExit(f"loop.compare: {args.out} holds a comparison already; name another folder with --out")
     disable_progress_bar()
-    system = args.system if args.system is not None else system_prompt_of(Path(args.models[1]))
-    try:
-        rows = read_rows(args.dataset, system)
-        accelerator = Accelerator()
-        results = []
-        for name in args.models:
-            losses = loss_of(name, rows, args.max_length, accelerator)
-            model, tokenizer = load_for_generation(name, accelerator.device)
-            asked = rows[: args.num_rows]
-            replies = reply_to(model, tokenizer, prompts(asked), args.max_new_tokens)
-            references = [row.messages[-1]["content"] for row in asked]
-            figures = {**losses, **overlap([reply.answer for reply in replies], references), **format_rates(replies)}
-            results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
-    except (DataError, ModelError, HubError) as error:
-        raise SystemExit(f"loop.compare: {error}") from None
-    questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
+    _, tuned = map(find_model, args.models)
+    rows = read_rows(args.dataset, system_prompt_of(tuned) if args.system is None else args.system)
     args.out.mkdir(parents=True, exist_ok=True)
+    asked = rows[: args.num_rows]
+    accelerator = Accelerator()
+    results = []
+    for name in args.models:
+        losses = loss_of(name, rows, args.max_length, accelerator)
+        model, tokenizer = load_for_generation(name, accelerator.device)
+        replies = reply_to(model, tokenizer, prompts(asked, tokenizer), args.max_new_tokens)
+        references = [row.messages[-1]["content"] for row in asked]
+        figures = {**losses, **overlap([reply.answer for reply in replies], references), **format_rates(replies)}
+        results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
+    questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
     replace_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     replace_text(args.out / "compare.md", markdown(report))

@@ -18,13 +18,13 @@ NOISE = 0.005
 
 
 class Verdict(NamedTuple):
-    """What the evaluation loss did. kind: overfitting, plateau, falling (the last one is the best), or worse
-    (none is better than the first)."""
+    """What the evaluation loss did. kind: overfitting, plateau, falling (the last one is the best), worse (none is
+    better than the one before training), early (there is no other yet), or nonfinite (after the best)."""
 
     kind: str
     first: dict  # evaluations: rows of metrics.jsonl with an epoch
     best: dict
-    last: dict
+    last: dict  # with a finite loss
     worse: dict  # the first one after the best
     rise: float  # of the last over the best, in nats
     train_fall: float  # of the train loss over the same steps, in nats; NaN where it is not known
@@ -51,7 +51,8 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     rates = format_rates([Reply(*(sample[name] for name in Reply._fields)) for sample in answers]) if answers else {}
     data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
-    status = read_status(run_dir)
+    stands = read_status(run_dir)
+    status = stands.get("status")
     if status == "running" and not is_held(run_dir):
         status = "killed"
     environment = Environment(
@@ -70,7 +71,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         verdict=verdict,
         tokens_per_s=statistics.median(row["perf/tokens_per_s"] for row in train) if train else None,
         peak_gib=max(row["memory/peak_gib"] for row in train) if train else None,
-        step=max(row["step"] for row in rows),
+        step=max(row["step"] for row in [*rows, {"step": 0, **stands}]),
         answers=answers[:NUM_ANSWERS],
         num_answers=len(answers),
         rates={name: f"{rate:.0%}" for name, rate in rates.items()},
@@ -83,29 +84,33 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
 def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
     finite = [row for row in evaluations if math.isfinite(row["eval/loss"])]
     best = min(finite, key=lambda row: row["eval/loss"])
-    first, last = finite[0], finite[-1]
-    after = [row for row in finite if row["step"] > best["step"]]
+    first, last = evaluations[0], finite[-1]
+    later = [row for row in evaluations if row["step"] > best["step"]]
+    after = [row for row in later if math.isfinite(row["eval/loss"])]
     rise = last["eval/loss"] - best["eval/loss"]
     until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
     fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
-    if not after:
-        kind = "falling"
+    if not later:
+        kind = "early" if best is first else "falling"
+    elif not after:
+        kind = "nonfinite"
     elif best is first:
         kind = "worse"
     else:
         kind = "overfitting" if rise > NOISE * best["eval/loss"] else "plateau"
-    return Verdict(kind, first, best, last, after[0] if after else last, rise, fall)
+    return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
 
 
 def read_lines(path: Path) -> list[dict]:
     """Rows of a file that a run may be writing to; numbers that are not finite are strings there."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:  # being written, or cut off by a kill
             continue
-        rows.append({name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()})
+        is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
+        rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
     return rows
 
 

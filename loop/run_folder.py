@@ -132,12 +132,12 @@ def write_status(output_dir: Path, status: str, **facts) -> None:
         write_json(output_dir / "run_status.json", {"status": status, "pid": os.getpid(), **facts})
 
 
-def read_status(output_dir: Path) -> str | None:
-    """What write_status wrote last; None where nothing can be read."""
+def read_status(output_dir: Path) -> dict:
+    """What write_status wrote last; empty where nothing can be read."""
     try:
-        return json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return None
+        return json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_json(path: Path, content: dict) -> None:

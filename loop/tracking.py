@@ -182,7 +182,7 @@ def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: 
     A run that begins (step 0) makes all of them.
     """
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # text of a model may hold other ends of lines
         rows = [line for line in lines if step > 0 and is_kept(line, step, keep)]
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")

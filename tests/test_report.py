@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from runs import metrics_of
 
+from loop.compare import main as compare
 from loop.compare import overlap
 from loop.report import judge, quote, write_report
 from loop.run_folder import RunError
@@ -80,14 +81,24 @@ def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
     status = json.loads((run / "run_status.json").read_text())
-    (run / "run_status.json").write_text(json.dumps({**status, "status": "running"}))
+    (run / "run_status.json").write_text(json.dumps({**status, "status": "running", "step": 0}))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
     samples = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text("".join(samples[:6]))
     module("loop.report", run)
     text = (run / "report.md").read_text()
-    assert "its process is gone" in text and "The model in training (step" in text and text.count("### Question") == 3
+    step = json.loads(lines[3])["step"]
+    assert f"its process is gone, --resume goes on at step {step} of" in text
+    assert "The model in training (step" in text and text.count("### Question") == 3
+
+
+def test_an_interrupted_run_is_reported_where_it_stands(overfitted, tmp_path):
+    """Which may be some steps after its last row."""
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    (run / "run_status.json").write_text(json.dumps({"status": "interrupted", "step": 77}))
+    assert "interrupted, --resume goes on at step 77 of" in write_report(run).read_text()
 
 
 def test_without_samples_and_without_training_there_is_still_a_report(overfitted, tmp_path):
@@ -97,13 +108,15 @@ def test_without_samples_and_without_training_there_is_still_a_report(overfitted
     row = {name: value for name, value in first.items() if not name.startswith("format")}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (run / "samples.jsonl").unlink()
-    assert "still falling" in write_report(run).read_text()
+    assert "**Not known yet.**" in write_report(run).read_text()
 
 
 def test_what_is_no_run_is_told(overfitted, tmp_path):
-    for folder, message in ((tmp_path, "is no folder of a run"), (tmp_path / "none", "is no folder of a run")):
-        done = module("loop.report", folder, check=False)
-        assert done.returncode != 0 and message in done.stderr
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(RunError, match="is no folder of a run"):
+            write_report(folder)
+    refusal = module("loop.report", tmp_path, check=False)
+    assert refusal.returncode == 1 and "is no folder of a run" in refusal.stderr
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
     (run / "metrics.jsonl").write_text("")
@@ -118,8 +131,11 @@ def test_what_is_no_run_is_told(overfitted, tmp_path):
         ([7.0, 5.0, 6.0], "overfitting"),
         ([7.0, 5.0, 5.01], "plateau"),
         ([5.0, 6.0, 7.0], "worse"),
-        ([5.0], "falling"),
-        ([7.0, 5.0, math.nan], "falling"),
+        ([5.0], "early"),
+        ([7.0, 5.0, math.nan], "nonfinite"),
+        ([5.0, math.nan], "nonfinite"),
+        ([math.nan, 5.0, 6.0], "overfitting"),
+        ([7.0, 5.0, math.nan, 6.0], "overfitting"),
     ],
 )
 def test_the_verdict(losses, kind):
@@ -152,6 +168,8 @@ def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path
     val = overfitted / "data/val.jsonl"
     options = ["--dataset", val, "--num-rows", "4", "--max-new-tokens", "8", "--out", tmp_path / "out"]
     done = module("loop.compare", *models, *options)
+    again = module("loop.compare", *models, *options, check=False)
+    assert again.returncode == 1 and "holds a comparison already" in again.stderr
     report = json.loads((tmp_path / "out/compare.json").read_text())
     base, tuned = report["models"]
     assert report["rows"] == 102 and len(base["replies"]) == 4
@@ -164,12 +182,14 @@ def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path
     assert text.count("## Question") == 4 and f"{tuned['think_loss']:.4f}" in text
 
 
-def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl):
+def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl, monkeypatch):
     best = overfitted / "best"
     for arguments, message in {
         (best, tmp_path, "--dataset", overfitted / "data/val.jsonl"): "has no config.json",
         (best, best, "--dataset", tmp_path / "none.jsonl"): "none.jsonl",
         (best, best, "--dataset", jsonl([{"question": "?"}])): "rows.jsonl:1 has no `think`",
     }.items():
-        done = module("loop.compare", *arguments, check=False)
-        assert done.returncode != 0 and message in done.stderr, done.stderr
+        monkeypatch.setattr(sys, "argv", ["loop.compare", *map(str, arguments), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="^loop.compare: .*" + message):
+            compare()
+    assert not (tmp_path / "out").exists()
