@@ -37,6 +37,9 @@ def main(args: list[str] | None = None) -> None:
             run(config)
     except (HubError, DataError, ModelError, RunError) as error:
         refuse(str(error))
+    except BrokenPipeError:  # whoever read what is printed is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # a full disk, say; what was written before is whole
         refuse(f"{error}; what is in {config.output_dir} is intact, go on with --resume")
     except KeyboardInterrupt:
@@ -139,7 +142,7 @@ def run(config: TrainConfig) -> None:
     state.early_stopping.patience = config.early_stopping_patience
     state.early_stopping.min_delta = config.early_stopping_min_delta
     is_trained = state.step >= max_steps or state.early_stopping.should_stop
-    if is_trained and read_status(output_dir) in ("completed", "early_stopped"):
+    if is_trained and read_status(output_dir).get("status") in ("completed", "early_stopped"):
         accelerator.print(f"this run is finished: {state.summary(best)}")
         return
     if accelerator.is_main_process:
@@ -223,8 +226,10 @@ def run(config: TrainConfig) -> None:
             if accelerator.is_main_process and best.exists():  # no best model where every evaluation was NaN
                 samples.answer_with_best(best, device, best_step, state.step)
     except BaseException as error:
-        report(getattr(error, "status", "failed"), error=f"{type(error).__name__}: {error}")
-        tracker.finish("crashed", error=f"{type(error).__name__}: {error}")
+        # After its training a run is no longer asked to stop but stopped: --resume then makes what is missing.
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else getattr(error, "status", "failed")
+        report(status, error=f"{type(error).__name__}: {error}")
+        tracker.finish("aborted" if status == "interrupted" else "crashed", error=f"{type(error).__name__}: {error}")
         raise
     report(status, best_step=state.early_stopping.best_step, best_loss=state.early_stopping.best_loss)
     tracker.finish("aborted" if status == "interrupted" else "success")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.hub import HubError
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation
-from model.qwen3 import ModelError
+from model.qwen3 import ModelError, find_model
 
 HELP = """\
 /clear         forget the dialogue
@@ -23,13 +24,23 @@ HELP = """\
 
 def main() -> None:
     args = parse(sys.argv[1:])
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read the answer is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def run(args: argparse.Namespace) -> None:
     disable_progress_bar()
     try:
         causal_lm, tokenizer = load_for_generation(args.model, device())
+        system = system_prompt_of(find_model(args.model)) if args.system is None else args.system
     except (ModelError, HubError) as error:
         inner = Path(args.model) / "best"
         raise SystemExit(f"model.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
-    system = args.system if args.system is not None else system_prompt_of(Path(args.model))
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
     if args.web:
         from model.web import serve
@@ -60,6 +71,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--json needs --question")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
+    if not 0 < args.port < 65536:
+        parser.error("--port is a number from 1 to 65535")
     if (
         args.max_new_tokens < 1
         or (args.temperature or 0) < 0
@@ -93,8 +106,6 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
             show(Console(), stream)
     except ReplyError as error:
         raise SystemExit(f"model.chat: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     reply = stream.reply
     if as_json:
         facts = {

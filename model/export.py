@@ -35,11 +35,12 @@ def export(
     restore_export(folder)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    items = state_dict.items()
     if peft_config := getattr(causal_lm, "peft_config", None):
         (temporary / "adapter").mkdir(parents=True)
         save_adapter(causal_lm, state_dict, temporary / "adapter")
-        state_dict = merged(state_dict, peft_config[NAME].lora_alpha / peft_config[NAME].r)
-    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in state_dict.items()}
+        items = merged(state_dict, peft_config[NAME].lora_alpha / peft_config[NAME].r)
+    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in items}
     if causal_lm.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     causal_lm.save_pretrained(temporary, state_dict=weights)
@@ -88,7 +89,8 @@ def card(facts: dict, language: str, sampling: GenerationConfig) -> dict[str, st
     }
     # Where a model or dataset is a path, its name says enough, and the folders above it are nobody's business.
     facts = facts | {
-        name: Path(facts[name]).name if Path(facts[name]).exists() else facts[name] for name in ("model", "dataset")
+        name: Path(facts[name]).name if Path(facts[name]).expanduser().exists() else facts[name]
+        for name in ("model", "dataset")
     }
     facts |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
     text = TEMPLATES.get_template(f"card.{language}.md").render(facts)
@@ -101,7 +103,7 @@ def card(facts: dict, language: str, sampling: GenerationConfig) -> dict[str, st
 def system_prompt_of(folder: Path) -> str:
     """The system prompt that an exported model was trained with; empty where its card names none."""
     try:
-        _, header, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        header, _, _ = (folder / "README.md").read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
         return yaml.safe_load(header)["system_prompt"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return ""

@@ -63,7 +63,8 @@ def find_model(model: str, weights: bool = True) -> Path:
             f"there is no model folder {model!r}; name a local Hugging Face folder, "
             "a ModelScope model id (owner/name), or `tiny`"
         )
-    return download("model", model, ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])])
+    files = ["*.json", "*.txt", "*.jinja", "README.md"]
+    return download("model", model, [*files, "*.safetensors"] if weights else files)
 
 
 def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = True):

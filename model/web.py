@@ -16,6 +16,8 @@ NO_ADVICE = "模型可能出错，回答不构成医疗建议。Answers may be w
 def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, port: int) -> None:
     """Until Ctrl+C, for this machine alone: 127.0.0.1, no share link, no analytics, no files."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
     try:
         import gradio
     except ImportError:
@@ -35,6 +37,7 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
         except ReplyError as error:
             raise gradio.Error(f"{error}; 请新建对话 / begin a new one") from None
         if not stream.reply.stopped:
+            yield bubbles(gradio, texts, seconds, done=True)
             gradio.Warning("回复被截断 / cut off: --max-new-tokens")
         if not any(texts.values()):
             raise gradio.Error("空回复 / the reply is empty")

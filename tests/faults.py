@@ -280,3 +280,9 @@ def kill_in_loading() -> None:
     import model.qwen3
 
     model.qwen3.load_model = lambda *args, **kwargs: kill()
+
+
+def interrupt_in_last_answers() -> None:
+    import loop.samples
+
+    before(loop.samples.Samples, "answer_with_best", lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model.chat import parse, sampling
+from model.chat import main, parse, sampling
 from model.export import card, system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
 
@@ -48,7 +48,7 @@ def best(tmp_path_factory):
     command = [sys.executable, "train.py", *map(str, args), "--output-dir", str(folder / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "closed 100%, answered 100%, stopped 100%" in done.stdout
+    assert "stopped 100%" in done.stdout
     return folder / "run" / "best"
 
 
@@ -132,7 +132,8 @@ def test_streamed_and_batched_replies_agree(best):
     dialogue = [{"role": "system", "content": system_prompt_of(best)}, {"role": "user", "content": "第5个问题？"}]
     stream = ReplyStream(model, tokenizer, dialogue, max_new_tokens=100, do_sample=False)
     list(stream)
-    assert stream.reply == reply_to(model, tokenizer, [dialogue], 100)[0] == (THINK, ANSWER, True, True)
+    prompt = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+    assert stream.reply == reply_to(model, tokenizer, [prompt], 100)[0] == (THINK, ANSWER, True, True)
 
 
 def test_sampling_is_the_models_own_unless_asked_for():
@@ -226,7 +227,10 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(best, tmp_path):
     assert terminal.process.wait(20) == 0
 
 
-def test_mistakes_are_told_in_one_line(best, tmp_path):
+def test_mistakes_are_told_in_one_line(best, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(best, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
     for args, message in {
         (tmp_path,): "has no config.json",
         (best.parent,): f"did you mean {best}?",
@@ -234,16 +238,22 @@ def test_mistakes_are_told_in_one_line(best, tmp_path):
         (best, "--question", " "): "--question is empty",
         (best, "--json"): "--json needs --question",
         (best, "--top-p", "3"): "--top-p in (0, 1]",
+        (best, "--web", "--port", "70000"): "--port is a number from 1 to 65535",
+        (broken, "--question", "?"): "cannot load",
+        (best, "--question", "长" * 3000): "the model takes 1024",
     }.items():
-        done = chat(*args, check=False)
-        assert done.returncode != 0 and message in done.stderr, (args, done.stderr)
-    broken = tmp_path / "broken"
-    shutil.copytree(best, broken)
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    done = chat(broken, "--question", "?", check=False)
-    assert done.returncode == 1 and "cannot load" in done.stderr
-    done = chat(best, "--question", "长" * 3000, check=False)
-    assert done.returncode == 1 and "the model takes 1024" in done.stderr
+        monkeypatch.setattr(sys, "argv", ["model.chat", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        told = capsys.readouterr().err + str(end.value)
+        assert end.value.code not in (0, None) and message in told, (args, told)
+
+
+def test_whoever_reads_may_leave(best):
+    command = f"{sys.executable} -m model.chat {best} --question 第1个问题？ --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 # --- what stands beside the weights -----------------------------------------------------------------------
@@ -256,10 +266,11 @@ def test_the_card_keeps_the_system_prompt(best):
     assert f"{[row for row in metrics if 'eval/loss' in row][-1]['eval/loss']:.4f}" in text
     assert str(best.parent.parent) not in text  # a dataset's name, not where it lies
     assert 'SYSTEM """你是一个医学专家' in modelfile and "PARAMETER stop <|im_end|>" in modelfile
+    assert "modelscope.cn/models" not in text  # a model that is on no hub has no page there
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_no_text_of_a_card_is_missing(language, best):
+def test_no_text_of_a_card_is_missing(language, best, tmp_path):
     facts = {"system_prompt": "", "model": "Qwen/Qwen3-1.7B", "dataset": "owner/name", "run_name": "run", "step": 5}
     facts |= {
         "num_train": 1,
@@ -273,6 +284,9 @@ def test_no_text_of_a_card_is_missing(language, best):
     facts |= {"loss": 1.5, "think_loss": 1.0, "answer_loss": 2.0, "perplexity": 4.5}
     own = load_for_generation(best, torch.device("cpu"))[0].generation_config
     texts = card(facts, language, own)
+    for prompt in ("", "规则：\n---\n先想再答。", "先想再答---"):
+        (tmp_path / "README.md").write_text(card({**facts, "system_prompt": prompt}, language, own)["README.md"])
+        assert system_prompt_of(tmp_path) == prompt
     assert "Qwen/Qwen3-1.7B" in texts["README.md"] and "1.5000" in texts["README.md"]
     assert "SYSTEM" not in texts["Modelfile"] and "temperature 0.6" in texts["Modelfile"]
 
@@ -316,7 +330,10 @@ def page(best):
         pytest.skip("no Chromium")
     port = free_port()
     command = [sys.executable, "-m", "model.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # leads nowhere
+    server = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **proxy}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         end = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)):

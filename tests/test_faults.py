@@ -73,6 +73,16 @@ def test_kills_around_every_evaluation_change_neither_best_nor_patience_nor_stop
     assert outcome.codes == [0] and "is finished" in outcome.output and files_of(out) == before
 
 
+def test_ctrl_c_after_the_training_is_an_interruption(command, whole, tmp_path):
+    """The training is done and saved; --resume answers the questions that are left."""
+    args = command("one", "--output-dir", tmp_path / "run", "--resume")
+    outcome = run(args, "one", "interrupt_in_last_answers()", tmp_path / "log")
+    assert outcome.codes == [130] and "Traceback" not in outcome.output
+    assert (status_of(tmp_path / "run")["status"], status_of(tmp_path / "run")["step"]) == ("interrupted", 8)
+    assert run(args, log=tmp_path / "log").codes == [0]
+    assert_same_end(tmp_path / "run", whole)
+
+
 # --- values that are not finite ---------------------------------------------------------------------
 
 
