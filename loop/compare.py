@@ -17,19 +17,20 @@ from data.encode import encode_rows
 from data.hub import HubError
 from data.medical import Row, replace_text, to_messages
 from data.source import DataError, find_source, read_source
-from loop.evaluate import evaluate
+from loop.evaluate import evaluate, perplexity
 from loop.samples import format_rates, prompts
 from model.export import system_prompt_of
 from model.generate import Reply, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import ModelError, find_model, load_model, load_tokenizer
 
+PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is
 MEASURES = {
     "loss": "loss, nats per token",
     "perplexity": "perplexity",
-    "think_loss": "loss of the thinking",
-    "answer_loss": "loss of the answer",
+    "think_perplexity": "perplexity of the thinking",
+    "answer_perplexity": "perplexity of the answer",
     "think_accuracy": "next-token accuracy, thinking",
     "answer_accuracy": "next-token accuracy, answer",
     "rouge_l": "ROUGE-L of the answers, characters",
@@ -116,7 +117,8 @@ def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerato
         examples, range(len(examples)), batch_size=1, micro_batch_tokens=max_length, rank=0, world_size=1
     )
     metrics = evaluate(model, batches, accelerator)
-    return {**metrics._asdict(), "perplexity": metrics.perplexity}
+    perplexities = {f"{part}perplexity": perplexity(metrics._asdict()[f"{part}loss"]) for part in PARTS}
+    return {**metrics._asdict(), **perplexities}
 
 
 class Characters:

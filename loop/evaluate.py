@@ -22,7 +22,7 @@ class EvalMetrics(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
 
 @torch.no_grad()
@@ -43,6 +43,10 @@ def evaluate(model: torch.nn.Module, micro_batches: Sequence[dict], accelerator:
     model.train(was_training)
     losses, correct, counts = accelerator.reduce(sums).tolist()  # all ranks
     return EvalMetrics(mean(sum(losses), sum(counts)), *map(mean, losses, counts), *map(mean, correct, counts))
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def mean(total: float, count: float) -> float:

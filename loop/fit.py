@@ -127,13 +127,13 @@ def keep_best(accelerator, model, state, tracker, eval_batches, export_best, ans
     row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
     best_loss = math.nan if state.early_stopping.best_loss is None else state.early_stopping.best_loss
     row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-    tracker.log(row | answer_samples(), state.step)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:  # before the answers, which may take a while
         verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.early_stopping.best_step}"
         bar.write(
             f"step {state.step}/{max_steps}  eval loss {metrics.loss:.4f} "
             f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
         )
+    tracker.log(row | answer_samples(), state.step)
 
 
 def say(accelerator: Accelerator, message: str) -> None:

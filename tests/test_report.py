@@ -179,7 +179,8 @@ def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path
     assert tuned["perplexity"] == pytest.approx(math.exp(tuned["loss"]))
     assert tuned["loss"] < base["loss"] and f"{tuned['loss'] - base['loss']:+.4f}" in done.stdout
     text = (tmp_path / "out/compare.md").read_text()
-    assert text.count("## Question") == 4 and f"{tuned['think_loss']:.4f}" in text
+    assert tuned["think_perplexity"] == pytest.approx(math.exp(tuned["think_loss"]))
+    assert text.count("## Question") == 4 and f"{tuned['answer_perplexity']:.4f}" in text
 
 
 def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl, monkeypatch):
