@@ -48,6 +48,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(config: TrainConfig) -> None:
+    import torch
     from accelerate.utils import set_seed
     from torch.distributed.fsdp import register_fsdp_forward_method
     from transformers.utils.logging import disable_progress_bar
@@ -116,7 +117,7 @@ def run(config: TrainConfig) -> None:
         return
     plan = choose(plans, config.memory, device, available)
     profile = plan.profile
-    accelerator.print(f"memory: {plan.name}, at most {plan.total / GIB:.1f} of {available / GIB:.1f} GiB")
+    accelerator.print(f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB")
     cut = {"micro_batch_tokens": profile.micro_batch_tokens, **ranks}
 
     # --- state: of this run so far, or a new one ------------------------------------------------
@@ -178,13 +179,19 @@ def run(config: TrainConfig) -> None:
         save_best(accelerator, model, tokenizer, best, texts)
 
     # --- train ----------------------------------------------------------------------------------
-    facts |= {"world_size": accelerator.num_processes, "device": str(accelerator.device)}
+    facts |= {
+        "world_size": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "optimizer": type(optimizer.optimizer).__name__,
+    }
     tracker = Tracker(config, swanlab_mode, state.run_id, state.step, accelerator.is_main_process, facts)
     samples = Samples(config, split.val, val, tokenizer, tracker, state.step, accelerator.is_main_process)
 
     def report(status: str, **more) -> None:
         if accelerator.is_main_process:
-            write_status(output_dir, status, step=state.step, max_steps=max_steps, **more)
+            of_the_launch = {name: facts[name] for name in ("world_size", "device", "num_parameters", "optimizer")}
+            write_status(output_dir, status, step=state.step, max_steps=max_steps, **of_the_launch, **more)
 
     report("running")
     try:
@@ -213,7 +220,7 @@ def run(config: TrainConfig) -> None:
                 interrupt=interrupt,
             )
         peak = peak_memory_gib(device)
-        accelerator.print(f"peak memory {peak:.1f} GiB; predicted at most {plan.total / GIB:.1f}")
+        accelerator.print(f"peak memory {peak:.1f} GiB; predicted {plan.total / GIB:.1f}")
         if status == "interrupted":
             accelerator.print(
                 f"interrupted, with a checkpoint: {state.summary(best)}. Go on: the same command --resume"
@@ -234,7 +241,7 @@ def run(config: TrainConfig) -> None:
     report(status, best_step=state.early_stopping.best_step, best_loss=state.early_stopping.best_loss)
     tracker.finish("aborted" if status == "interrupted" else "success")
     if accelerator.is_main_process and best.exists() and status != "interrupted":
-        print(f"report: {write_report(output_dir, config.language)}")
+        print(f"report: {write_report(output_dir, config.language)}\nchat: python -m model.chat {best}")
     end_processes(accelerator)
 
 

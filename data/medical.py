@@ -77,7 +77,7 @@ def to_messages(columns: dict, system_prompt: str) -> list[dict]:
     roles = [message.get("role") for message in given]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"roles must be user, assistant in turn (after an optional system), not {roles}")
+        raise ValueError(f"roles must be user, assistant in turn (after an optional system), not {turns}")
     return [clean_message(message) for message in given]
 
 

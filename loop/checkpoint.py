@@ -99,7 +99,8 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
     target = plain_tensors({"model": weights, "optimizer": optimizer_state})
     reader = PlainReader(folder / "state")
     try:
-        reader.read_metadata()  # once more, because dcp.load prints a traceback where this fails
+        # Once more than dcp.load does, which prints a traceback where this fails.
+        add_further_state(target, reader.read_metadata())
         dcp.load(
             target,
             storage_reader=reader,
@@ -110,13 +111,24 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
         while isinstance(error, CheckpointException):  # it wraps those of all ranks
             error, _ = next(iter(error.failures.values()))
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise RunError(f"cannot go on from {folder}: {why}; is --model the one it was made with?") from error
+        part = "the optimizer in loop/optimizer.py" if "optimizer." in why else "--model"
+        raise RunError(f"cannot go on from {folder}: {why}; is {part} the one it was made with?") from error
     set_state_dict(
         model,
         optimizer.optimizer,
         model_state_dict=target["model"],
         optim_state_dict=with_wrappers(target["optimizer"], optimizer_state),
     )
+
+
+def add_further_state(target: dict, metadata: dcp.metadata.Metadata) -> None:
+    """Makes room in target for what a step has put into optimizer.state[parameter] beside the optimizer's own: tensors
+    of the parameter's shape, an average of the weights say."""
+    for key, entry in metadata.state_dict_metadata.items():
+        name, _, item = key.removeprefix("optimizer.state.").rpartition(".")
+        state = target["optimizer"]["state"].get(name) if key.startswith("optimizer.state.") else None
+        if state is not None and item not in state and entry.size == target["model"][name].shape:
+            state[item] = torch.empty_like(target["model"][name], dtype=entry.properties.dtype)
 
 
 def plain_tensors(state):
@@ -131,7 +143,7 @@ def plain_tensors(state):
 def with_wrappers(loaded, state):
     """What was loaded in the form of state: into the plain tensors of a wrapper it was loaded in place."""
     if isinstance(state, dict):
-        return {key: with_wrappers(loaded[key], value) for key, value in state.items()}
+        return {key: with_wrappers(value, state.get(key)) for key, value in loaded.items()}
     return state if is_wrapper(state) else loaded
 
 

@@ -26,11 +26,11 @@ def make_optimizer(
 def make_adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
     """torchao's AdamW with moments in 8 bits; bf16 weights are rounded stochastically. Compiles in its first step."""
     try:
-        from torchao.optim import AdamW8bit
+        from torchao import optim
     except ImportError as error:
         raise RunError('this memory profile needs torchao: pip install -e ".[lowmem]"') from error
 
-    class AdamW8bitWithFloatRate(AdamW8bit):
+    class AdamW8bit(optim.AdamW8bit):
         def step(self, closure=None):
             # torchao takes the rate as a tensor only, and a new float would be compiled anew.
             rates = [group["lr"] for group in self.param_groups]
@@ -40,7 +40,7 @@ def make_adamw_8bit(groups: list[dict], learning_rate: float) -> torch.optim.Opt
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-    return AdamW8bitWithFloatRate(groups, lr=learning_rate, bf16_stochastic_round=True)
+    return AdamW8bit(groups, lr=learning_rate, bf16_stochastic_round=True)
 
 
 def lr_at(step: int, *, max_steps: int, learning_rate: float, lr_scheduler_type: str, warmup_ratio: float) -> float:

@@ -64,6 +64,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
     environment.filters["quote"] = quote
     text = environment.get_template(f"{language}.md").render(
         run=run,
+        launch=stands,
         data=data,
         status=status,
         train=train,

@@ -133,6 +133,7 @@ def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> N
         try:
             line = (input("\n> ") if sys.stdin.isatty() else next(sys.stdin)).strip()
         except (EOFError, StopIteration, KeyboardInterrupt):
+            console.print()
             return
         command, _, rest = line.partition(" ")
         if command == "/exit":

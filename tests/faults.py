@@ -282,6 +282,24 @@ def kill_in_loading() -> None:
     model.qwen3.load_model = lambda *args, **kwargs: kill()
 
 
+def average_weights() -> None:
+    """What a researcher may add to the step: an average of the weights, kept beside the optimizer's own state."""
+    import torch
+
+    import loop.fit
+
+    original = loop.fit.train_step
+
+    def train_step(model, optimizer, *more):
+        metrics = original(model, optimizer, *more)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                optimizer.state[parameter].setdefault("average", parameter.clone()).lerp_(parameter, 0.1)
+        return metrics
+
+    loop.fit.train_step = train_step
+
+
 def interrupt_in_last_answers() -> None:
     import loop.samples
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from ranks import Ranks, run
-from runs import assert_same_end, status_of
+from runs import assert_same_end, newest, status_of, weights_and_moments
 
 from loop.checkpoint import checkpoints, verify
 
@@ -83,6 +83,19 @@ def test_killed_in_every_place_it_ends_with_the_same_bits(strategy, command, who
     assert set(outcome.codes) == {0} and "resumed from" in outcome.output, outcome.output
     assert status_of(tmp_path / "run")["step"] == 9
     assert_same_end(tmp_path / "run", whole(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["one", "fsdp2"])
+def test_what_a_step_keeps_for_a_parameter_survives(strategy, command, tmp_path):
+    """An average of the weights in optimizer.state, of which no optimizer knows."""
+    args = [*command[strategy], "--max-steps", "5", "--resume", "--output-dir"]
+    for name, fault in (("whole", ""), ("run", "kill_in_step(3)"), ("run", "")):
+        fault = f"(average_weights(), {fault})" if fault else "average_weights()"
+        outcome = run([*args, tmp_path / name], strategy, fault, tmp_path / "log")
+        assert -9 in outcome.codes if "kill" in fault else set(outcome.codes) == {0}, outcome.output
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    states = weights_and_moments(newest(tmp_path / "run"))["optimizer"]["state"].values()
+    assert states and all("average" in state for state in states)
 
 
 STAGES = [

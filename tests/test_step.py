@@ -156,8 +156,9 @@ def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, examp
     )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(theirs) == 10 and ours[0] - ours[-1] > 0.4
-    assert ours == pytest.approx(theirs, abs=1e-4)
+    expected = "AdamW is compared here: with another optimizer in loop/optimizer.py this test fails, and it alone"
+    assert len(theirs) == 10 and ours[0] - ours[-1] > 0.4, expected
+    assert ours == pytest.approx(theirs, abs=1e-4), expected
 
 
 def order_of_step(examples, step):
