@@ -179,19 +179,18 @@ def run(config: TrainConfig) -> None:
         save_best(accelerator, model, tokenizer, best, texts)
 
     # --- train ----------------------------------------------------------------------------------
-    facts |= {
+    launch = {
         "world_size": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "optimizer": type(optimizer.optimizer).__name__,
     }
-    tracker = Tracker(config, swanlab_mode, state.run_id, state.step, accelerator.is_main_process, facts)
+    tracker = Tracker(config, swanlab_mode, state.run_id, state.step, accelerator.is_main_process, facts | launch)
     samples = Samples(config, split.val, val, tokenizer, tracker, state.step, accelerator.is_main_process)
 
     def report(status: str, **more) -> None:
         if accelerator.is_main_process:
-            of_the_launch = {name: facts[name] for name in ("world_size", "device", "num_parameters", "optimizer")}
-            write_status(output_dir, status, step=state.step, max_steps=max_steps, **of_the_launch, **more)
+            write_status(output_dir, status, step=state.step, max_steps=max_steps, **launch, **more)
 
     report("running")
     try:
@@ -222,9 +221,8 @@ def run(config: TrainConfig) -> None:
         peak = peak_memory_gib(device)
         accelerator.print(f"peak memory {peak:.1f} GiB; predicted {plan.total / GIB:.1f}")
         if status == "interrupted":
-            accelerator.print(
-                f"interrupted, with a checkpoint: {state.summary(best)}. Go on: the same command --resume"
-            )
+            advice = "Go on: the same command --resume"
+            accelerator.print(f"interrupted, with a checkpoint: {state.summary(best)}. {advice}")
             interrupt.done()
         else:
             accelerator.print(f"{status.replace('_', ' ')}: {state.summary(best)}")
