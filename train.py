@@ -130,7 +130,6 @@ def run(config: TrainConfig) -> None:
         "optim": profile.optim,
         **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
     }
-
     run_facts = {**dataclasses.asdict(config), **facts}
 
     def checkpoint_to_resume() -> Path | None:
@@ -182,7 +181,7 @@ def run(config: TrainConfig) -> None:
     launch = {
         "world_size": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "num_parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "num_parameters": skeleton.num_parameters(),
         "optimizer": type(optimizer.optimizer).__name__,
     }
     tracker = Tracker(config, swanlab_mode, state.run_id, state.step, accelerator.is_main_process, facts | launch)
