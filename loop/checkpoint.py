@@ -122,13 +122,20 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) ->
 
 
 def add_further_state(target: dict, metadata: dcp.metadata.Metadata) -> None:
-    """Makes room in target for what a step has put into optimizer.state[parameter] beside the optimizer's own: tensors
-    of the parameter's shape, an average of the weights say."""
+    """Makes room in target for what a step has put into optimizer.state[parameter] beside the optimizer's own, an
+    average of the weights say: a tensor of its shape is sharded as it is."""
     for key, entry in metadata.state_dict_metadata.items():
         name, _, item = key.removeprefix("optimizer.state.").rpartition(".")
         state = target["optimizer"]["state"].get(name) if key.startswith("optimizer.state.") else None
-        if state is not None and item not in state and entry.size == target["model"][name].shape:
-            state[item] = torch.empty_like(target["model"][name], dtype=entry.properties.dtype)
+        if state is None or item in state:
+            continue
+        parameter = target["model"][name]
+        if not isinstance(entry, dcp.metadata.TensorStorageMetadata):
+            state[item] = 0  # a number, which takes its place
+        elif entry.size == parameter.shape:
+            state[item] = torch.empty_like(parameter, dtype=entry.properties.dtype)
+        else:
+            state[item] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
 
 
 def plain_tensors(state):

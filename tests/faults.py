@@ -283,7 +283,8 @@ def kill_in_loading() -> None:
 
 
 def average_weights() -> None:
-    """What a researcher may add to the step: an average of the weights, kept beside the optimizer's own state."""
+    """What a researcher may add to the step: an average of the weights, kept beside the optimizer's own state; and a
+    tensor of another shape, and a number."""
     import torch
 
     import loop.fit
@@ -294,7 +295,10 @@ def average_weights() -> None:
         metrics = original(model, optimizer, *more)
         with torch.no_grad():
             for parameter in model.parameters():
-                optimizer.state[parameter].setdefault("average", parameter.clone()).lerp_(parameter, 0.1)
+                state = optimizer.state[parameter]
+                state.setdefault("average", parameter.clone()).lerp_(parameter, 0.1)
+                state.setdefault("norms", torch.zeros(2, dtype=torch.float64)).add_(0.1)
+                state["updates"] = state.get("updates", 0) + 1
         return metrics
 
     loop.fit.train_step = train_step
