@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from ranks import run
 from runs import metrics_of
 from torch.nn.functional import cross_entropy
 
@@ -147,10 +148,10 @@ def test_two_blocks_of_thinking_are_not_one(tokenizer):
         assert not split_reply(tokenizer(text)["input_ids"], tokenizer, ends).closed
 
 
-def test_samples_of_a_run(train_py, tmp_path):
+def test_samples_of_a_run(tmp_path):
     """Three at each evaluation, all of the validation side at the end; none with 0, and then the same training."""
     args = ["tiny", "--max-steps", "4", "--eval-steps", "2", "--sample-max-new-tokens", "8"]
-    train_py(*args, "--output-dir", tmp_path / "with")
+    assert run([*args, "--output-dir", tmp_path / "with"]).codes == [0]
     lines = [json.loads(line) for line in (tmp_path / "with/samples.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["model"]) for line in lines]
     assert steps == [(step, "training") for step in (0, 2, 4) for _ in range(3)] + [(4, "best")] * 12
@@ -161,7 +162,7 @@ def test_samples_of_a_run(train_py, tmp_path):
     assert all(0 <= row["format/closed"] <= 1 for row in metrics_of(tmp_path / "with") if "eval/loss" in row)
     assert "best_format/closed" in metrics_of(tmp_path / "with")[-1]
 
-    train_py(*args, "--num-samples", "0", "--output-dir", tmp_path / "without")
+    assert run([*args, "--num-samples", "0", "--output-dir", tmp_path / "without"]).codes == [0]
     assert not (tmp_path / "without/samples.jsonl").exists()
     best = [(tmp_path / run / "best/model.safetensors").read_bytes() for run in ("with", "without")]
     assert best[0] == best[1]
