@@ -25,8 +25,9 @@ REAL = ROOT.parent / "shared" / "real"
 SYSTEM = "你是一个医学专家。"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def accelerator():
+    """A new one for each test, for some tests reset what all of them share."""
     return Accelerator(mixed_precision="no")
 
 
