@@ -147,17 +147,8 @@ def test_dialogues_and_rows_without_thinking_train(jsonl, tmp_path):
 def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
     """No account, no network, no terminal: the run is written for a later `swanlab sync`."""
     out = tmp_path / "out"
-    args = [
-        "--max-steps",
-        "2",
-        "--logging-steps",
-        "1",
-        "--sample-max-new-tokens",
-        "8",
-        "--output-dir",
-        out,
-        "--swanlab-mode",
-    ]
+    args = ["--max-steps", "2", "--logging-steps", "1", "--sample-max-new-tokens", "8",
+            "--output-dir", out, "--swanlab-mode"]  # fmt: skip
     done = train_py("tiny", *args, "offline", SWANLAB_MODE=None, SWANLAB_PROJECT="名字", HOME=str(tmp_path))
     assert "swanlab sync --id" in done.stdout
     (run,) = (out / "swanlog").glob("run-*")
