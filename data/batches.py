@@ -3,6 +3,8 @@
 Everything here is a pure function of (seed, step), so a resumed run needs no sampler state.
 """
 
+import functools
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -13,13 +15,36 @@ import torch
 from data.encode import Example
 
 
-class StepBatch(NamedTuple):
+class MicroBatch(NamedTuple):
+    """Rows laid end to end without padding: T positions of N rows, n of them with a target.
+
+    inputs are the keywords of the model's forward: input_ids and position_ids (1, T) int64; cu_seqlens (N + 1)
+    int32, where each row begins, and T; max_seqlen, the longest row; target_positions (n,), the position whose
+    hidden state predicts a target; target_ids (n,), the target.
+    """
+
+    inputs: dict
+    is_think: torch.Tensor  # (n,) bool, whether a target belongs to the thinking
+
+
+class Batch(NamedTuple):
     """One rank's part of the global batch of one step, and what is known of the whole of it."""
 
-    micro_batches: list[dict]
-    num_tokens: int  # all positions of the global batch, prompts too; there is no padding
+    micro_batches: list[MicroBatch]
+    num_think_targets: int  # of the global batch
+    num_answer_targets: int
+    num_tokens: int  # all positions of the global batch, prompts too
     epoch: float  # passes over the rows completed after this step
     rows: list[str]  # where the rows of the global batch stand
+    seed: int  # of (seed, step), the same on every rank
+
+    @property
+    def num_targets(self) -> int:
+        return self.num_think_targets + self.num_answer_targets
+
+
+def seed_of(*parts) -> int:
+    return random.Random("/".join(map(str, parts))).getrandbits(32)
 
 
 def steps_per_epoch(num_examples: int, rows_per_step: int) -> int:
@@ -30,49 +55,43 @@ def steps_per_epoch(num_examples: int, rows_per_step: int) -> int:
 def step_indices(step: int, *, num_examples: int, rows_per_step: int, seed: int) -> list[int]:
     """Indices of the global batch of the update that follows `step` completed steps."""
     epoch, position = divmod(step, steps_per_epoch(num_examples, rows_per_step))
+    return epoch_order(num_examples, seed, epoch)[position * rows_per_step : (position + 1) * rows_per_step]
+
+
+@functools.lru_cache(maxsize=1)  # shuffling a million rows takes 1.6 s
+def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_examples))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[position * rows_per_step : (position + 1) * rows_per_step]
+    return order
 
 
-def step_batch(
-    step: int,
-    examples: Sequence[Example],
-    *,
-    rows_per_step: int,
-    seed: int,
-    **cut,
-) -> StepBatch:
-    """What a rank trains on after `step` completed steps; cut: the keywords of `rank_batches`."""
+def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, seed: int, **packing) -> Batch:
+    """What a rank trains on after `step` completed steps; packing: the keywords of `rank_batches`."""
     indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
-    return StepBatch(
-        micro_batches=rank_batches(examples, indices, **cut),
-        num_tokens=sum(len(examples[index]) for index in indices),
+    rows = [examples[index] for index in indices]
+    return Batch(
+        micro_batches=rank_batches(rows, **packing),
+        num_think_targets=sum(row.num_think_targets for row in rows),
+        num_answer_targets=sum(row.num_answer_targets for row in rows),
+        num_tokens=sum(map(len, rows)),
         epoch=(step + 1) / steps_per_epoch(len(examples), rows_per_step),
-        rows=[examples[index].where for index in indices],
+        rows=[row.location for row in rows],
+        seed=seed_of(seed, step),
     )
 
 
 def rank_batches(
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    micro_batch_tokens: int,
-    rank: int,
-    world_size: int,
-) -> list[dict]:
-    """One rank's share of `indices` as micro-batches: rows laid end to end, as `cut` puts them together.
+    rows: Sequence[Example], *, batch_size: int, micro_batch_tokens: int = 0, rank: int = 0, world_size: int = 1
+) -> list[MicroBatch]:
+    """One rank's share of the rows as micro-batches, put together by `pack`.
 
-    Every rank gets the same number of micro-batches, for each forward and backward may be a
+    Every rank gets the same number of micro-batches, because each forward and backward may be a
     collective; a rank short of rows ends with micro-batches that have no target and sum to 0.
     """
-    shares = share_out([examples[index] for index in indices], world_size)
-    cuts = [cut(share, batch_size, micro_batch_tokens) for share in shares]
-    batches = [collate(rows) for rows in cuts[rank]]
-    while len(batches) < max(map(len, cuts)):
-        first = examples[indices[0]]
-        batches.append(collate([Example(first.input_ids[:2], 2, 2, first.where)]))
+    packed = [pack(share, batch_size, micro_batch_tokens) for share in share_out(rows, world_size)]
+    batches = [collate(group) for group in packed[rank]]
+    while len(batches) < max(map(len, packed)):
+        batches.append(collate([Example(rows[0].input_ids[:2], 2, 2, rows[0].location)]))
     return batches
 
 
@@ -91,44 +110,35 @@ def share_out(rows: Sequence[Example], num_shares: int) -> list[list[Example]]:
     return [[rows[index] for index in sorted(share)] for share in shares]
 
 
-def cut(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> list[list[Example]]:
-    """Rows put together batch_size at a time; where micro_batch_tokens is above 0, in as few micro-batches as
-    that many tokens each allow (first fit, the longest row first; a longer row is alone)."""
+def pack(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> list[list[Example]]:
+    """Rows in groups of batch_size; if micro_batch_tokens is above 0, in as few groups of at most that many
+    tokens as first fit finds, the longest row first. A row that is longer is a group of its own."""
     if not micro_batch_tokens:
         return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    batches = []
+    groups = []
     for row in sorted(rows, key=len, reverse=True):
-        for batch in batches:
-            if sum(map(len, batch)) + len(row) <= micro_batch_tokens:
-                batch.append(row)
+        for group in groups:
+            if sum(map(len, group)) + len(row) <= micro_batch_tokens:
+                group.append(row)
                 break
         else:
-            batches.append([row])
-    return batches
+            groups.append([row])
+    return groups
 
 
-def collate(examples: Sequence[Example]) -> dict:
-    """Rows laid end to end without padding.
-
-    input_ids, position_ids: (1, T) int64. cu_seqlens: (N + 1) int32, where each of the N rows begins,
-    and T. max_seqlen: int. target_positions, target_ids, is_think: (n,), the position whose
-    hidden state predicts a target, the target's id, and whether it belongs to the thinking.
-    """
-    lengths = [len(example) for example in examples]
-    offsets = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-    input_ids = torch.cat([example.input_ids for example in examples])
-    targets = [
-        torch.arange(offset + example.prompt_length, offset + len(example))
-        for offset, example in zip(offsets, examples, strict=False)
-    ]
-    is_think = [torch.arange(example.prompt_length, len(example)) < example.answer_start for example in examples]
-    targets = torch.cat(targets)
-    return {
+def collate(rows: Sequence[Example]) -> MicroBatch:
+    lengths = [len(row) for row in rows]
+    offsets = [0, *itertools.accumulate(lengths)]
+    input_ids = torch.cat([row.input_ids for row in rows])
+    targets = torch.cat(
+        [torch.arange(start + row.prompt_length, start + len(row)) for start, row in zip(offsets, rows, strict=False)]
+    )
+    inputs = {
         "input_ids": input_ids.unsqueeze(0),
         "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
         "cu_seqlens": torch.tensor(offsets, dtype=torch.int32),
         "max_seqlen": max(lengths),
         "target_positions": targets - 1,
         "target_ids": input_ids[targets],
-        "is_think": torch.cat(is_think),
     }
+    return MicroBatch(inputs, torch.cat([torch.arange(row.prompt_length, len(row)) < row.answer_start for row in rows]))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.medical import Row, Split
-from data.source import DataError
+from data.errors import UserError
+from data.rows import Row, Split
 
 
 class Example(NamedTuple):
@@ -20,10 +20,18 @@ class Example(NamedTuple):
     input_ids: torch.Tensor  # (T,) int64
     prompt_length: int
     answer_start: int
-    where: str
+    location: str  # file and line of its row
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def num_think_targets(self) -> int:
+        return self.answer_start - self.prompt_length
+
+    @property
+    def num_answer_targets(self) -> int:
+        return len(self) - self.answer_start
 
 
 def digest(examples: list[Example]) -> str:
@@ -36,33 +44,33 @@ def digest(examples: list[Example]) -> str:
 
 
 def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[dict]]:
-    """One Example for each assistant turn of each row, and the problems met on the way.
+    """One Example for each assistant turn of each row, and the problems found.
 
     The text is the chat template's own rendering, tokenised once, without the newline that follows
-    <|im_end|>. Thinking-free turns have the template's empty block in their prompt. Raises DataError
-    where overlong is `error` and a turn has more than max_length tokens.
+    <|im_end|>. Thinking-free turns have the template's empty block in their prompt. Raises UserError
+    if overlong is `error` and a turn has more than max_length tokens.
     """
     turns = [
-        (row.where, row.messages[: index + 1])
+        (row.location, row.messages[: index + 1])
         for row in rows
         for index, message in enumerate(row.messages)
         if message["role"] == "assistant"
     ]
     examples, problems = [], []
-    for (where, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):
+    for (location, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):
         if len(example) > max_length:
             problem = f"has {len(example)} tokens, more than max_length {max_length}"
             shorter = (
-                shorten_thinking(where, messages, example, tokenizer, max_length) if overlong == "truncate" else None
+                shorten_thinking(location, messages, example, tokenizer, max_length) if overlong == "truncate" else None
             )
             action = "thinking shortened" if shorter else "dropped"
-            problems.append({"where": where, "problem": problem, "action": action})
+            problems.append({"location": location, "problem": problem, "action": action})
             example = shorter
         if example:
             examples.append(example)
     if problems and overlong == "error":
-        listed = "; ".join(f"{problem['where']} {problem['problem']}" for problem in problems[:5])
-        raise DataError(
+        listed = "; ".join(f"{problem['location']} {problem['problem']}" for problem in problems[:5])
+        raise UserError(
             f"{len(problems)} rows are too long (overlong is `error`): {listed}. "
             "Raise --max-length or choose --overlong truncate or drop"
         )
@@ -70,14 +78,14 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
 
 
 def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[Example]]:
-    """The Examples of train and val; completes split.report with token counts. Raises DataError where one is empty."""
+    """The Examples of train and val; completes split.report with token counts. Raises UserError if one is empty."""
     sides = []
     for name, rows in (("train", split.train), ("val", split.val)):
         examples, problems = encode_rows(rows, tokenizer, max_length, overlong)
         split.report[name] = token_report(examples, problems)
         split.report["problems"] += problems
         if not examples:
-            raise DataError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
+            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
         sides.append(examples)
     return sides[0], sides[1]
 
@@ -88,14 +96,14 @@ def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example
     think_end = tokenizer.convert_tokens_to_ids("</think>")
     examples = []
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    for (where, messages), prompt, ids in zip(
+    for (location, messages), prompt, ids in zip(
         turns, prompt_ids, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
     ):
         if ids[: len(prompt)] != prompt:
-            raise DataError(f"{where}: the chat template's prompt is not the beginning of its whole dialogue")
+            raise UserError(f"{location}: the chat template's prompt is not the beginning of its whole dialogue")
         has_thinking = "reasoning_content" in messages[-1]
         answer_start = ids.index(think_end, len(prompt)) + 1 if has_thinking else len(prompt)
-        examples.append(Example(torch.tensor(ids), len(prompt), answer_start, where))
+        examples.append(Example(torch.tensor(ids), len(prompt), answer_start, location))
     return examples
 
 
@@ -109,10 +117,12 @@ def render_prompt(messages: list[dict], tokenizer) -> str:
     )
 
 
-def shorten_thinking(where: str, messages: list[dict], example: Example, tokenizer, max_length: int) -> Example | None:
-    """The turn with its thinking cut from the end until it fits; None where prompt and answer alone do not.
+def shorten_thinking(
+    location: str, messages: list[dict], example: Example, tokenizer, max_length: int
+) -> Example | None:
+    """The turn with its thinking cut from the end until it fits; None if prompt and answer alone do not.
 
-    The cut text is rendered and tokenised anew, so what is trained stays what the template renders.
+    The cut text is rendered and tokenised again, so what is trained stays what the template renders.
     """
     thinking = example.input_ids[example.prompt_length + 1 : example.answer_start - 1].tolist()
     keep = len(thinking)
@@ -123,7 +133,7 @@ def shorten_thinking(where: str, messages: list[dict], example: Example, tokeniz
         if not text:
             return None
         shorter = [*messages[:-1], {**messages[-1], "reasoning_content": text}]
-        example = encode_turns([(where, shorter)], tokenizer)[0]
+        example = encode_turns([(location, shorter)], tokenizer)[0]
     return example
 
 
@@ -134,8 +144,8 @@ def token_report(examples: list[Example], problems: list[dict]) -> dict:
     return {
         "examples": len(examples),
         "tokens": sum(lengths),
-        "think_tokens": sum(example.answer_start - example.prompt_length for example in examples),
-        "answer_tokens": sum(len(example) - example.answer_start for example in examples),
+        "think_tokens": sum(example.num_think_targets for example in examples),
+        "answer_tokens": sum(example.num_answer_targets for example in examples),
         "median_length": lengths[len(lengths) // 2] if lengths else 0,
         "max_length": lengths[-1] if lengths else 0,
         "truncated": actions["thinking shortened"],

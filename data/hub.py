@@ -5,9 +5,7 @@ import os
 import re
 from pathlib import Path
 
-
-class HubError(Exception):
-    """ModelScope could not give what was asked for; the message says what to do."""
+from data.errors import UserError, one_line
 
 
 def is_hub_id(name: str) -> bool:
@@ -17,7 +15,7 @@ def is_hub_id(name: str) -> bool:
 def download(kind: str, name: str, patterns: list[str]) -> Path:
     """The local folder with the files of a ModelScope `dataset` or `model` that match patterns.
 
-    Raises HubError within a minute where the hub does not answer.
+    Raises UserError within a minute if the hub does not answer.
     """
     # Read when modelscope is imported. Its own patience with a hub that never answers is minutes.
     os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS", "10")
@@ -30,8 +28,8 @@ def download(kind: str, name: str, patterns: list[str]) -> Path:
     try:
         return Path(get(name, allow_patterns=patterns))
     except Exception as error:  # its client raises many kinds
-        reason = " ".join(str(error).split())[:120]
-        raise HubError(
+        reason = one_line(error)[:120]
+        raise UserError(
             f"cannot get the {kind} {name} from ModelScope ({type(error).__name__}: {reason}). Check the name and "
             f"the network, or give a local copy with --{kind}; without any download: accelerate launch train.py tiny"
         ) from error

@@ -22,7 +22,9 @@ def report_table(report: dict) -> str:
         f"{report['duplicates']:,} duplicates, {report['train_val_overlap']:,} in both train and val, "
         f"{report['without_thinking']:,} replies without thinking"
     )
-    lines += [f"  {problem['where']} {problem['problem']}: {problem['action']}" for problem in report["problems"][:5]]
+    lines += [
+        f"  {problem['location']} {problem['problem']}: {problem['action']}" for problem in report["problems"][:5]
+    ]
     if len(report["problems"]) > 5:
         lines.append(f"  ... and {len(report['problems']) - 5:,} more in data_report.json")
     return "\n".join(lines)
@@ -36,7 +38,7 @@ def show_example(example: Example, tokenizer, color: bool) -> str:
         "think": (ids[example.prompt_length : example.answer_start], "target"),
         "answer": (ids[example.answer_start :], "target"),
     }
-    lines = [f"example {example.where}"]
+    lines = [f"example {example.location}"]
     for name, (part, note) in parts.items():
         text = tokenizer.decode(part)
         lines.append(f"--- {name}: {len(part)} tokens, {note}")

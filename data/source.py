@@ -2,18 +2,14 @@
 
 import csv
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.errors import UserError, one_line
 from data.hub import download, is_hub_id
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-class DataError(Exception):
-    """The data cannot be trained on; the message says which rows, why, and what to do."""
 
 
 def find_source(dataset: str) -> Path:
@@ -23,10 +19,10 @@ def find_source(dataset: str) -> Path:
     path = Path(dataset).expanduser()
     if path.is_file():
         if path.suffix.lower() not in FILE_TYPES:
-            raise DataError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
+            raise UserError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
         return path
     if path.suffix.lower() in FILE_TYPES or path.exists() or not is_hub_id(dataset):
-        raise DataError(
+        raise UserError(
             f"there is no dataset file {dataset!r}; name a {', '.join(FILE_TYPES)} file, "
             "a ModelScope dataset id (owner/name), or `sample`"
         )
@@ -37,14 +33,14 @@ def find_source(dataset: str) -> Path:
         files = [path for path in files if "train" in path.name] or files
     if len(files) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in files) or "none"
-        raise DataError(
+        raise UserError(
             f"{dataset}: one data file expected, found {names}; pass the one to use with --dataset {folder}/FILE"
         )
     return files[0]
 
 
 def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """(place, columns) for every row of a file, or (place, reason) where there is no reading it."""
+    """(location, columns) of every row of a file, or (location, reason) if the row cannot be read."""
     try:
         if path.suffix.lower() == ".jsonl":
             with path.open("rb") as file:
@@ -54,7 +50,7 @@ def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
         elif path.suffix.lower() == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
-                raise DataError(f"{path}: a .json dataset is a list of rows")
+                raise UserError(f"{path}: a .json dataset is a list of rows")
             for number, row in enumerate(rows, start=1):
                 yield f"{path.name} row {number}", row
         elif path.suffix.lower() == ".csv":
@@ -64,16 +60,14 @@ def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
                 for row in reader:
                     yield f"{path.name}:{reader.line_num}", {key: row[key] for key in row if key is not None}
         else:
-            from datasets import Dataset
+            import pyarrow.parquet
 
-            with tempfile.TemporaryDirectory() as cache:
-                rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
-            for number, row in enumerate(rows, start=1):
+            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
                 yield f"{path.name} row {number}", row
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # each format's reader raises its own kinds
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def parse_json_line(line: bytes) -> dict | str:

@@ -1,33 +1,39 @@
-"""Checkpoints: found, verified, loaded; `loop/saving.py` writes them.
+"""Checkpoints: found, verified, loaded, written in the background.
 
-    checkpoints/step-00000400/state/        weights and optimizer (torch.distributed.checkpoint)
+    checkpoints/step-00000400/state/        weights and optimizer state (torch.distributed.checkpoint)
                               trainer.json  TrainState, readable
                               manifest.json size and SHA-256 of every file
 
-A folder with that name is complete, for it is renamed into place last. Names that begin with a dot
+Folders are renamed into place last, so a step-* folder is always complete. Names that begin with a dot
 are leftovers and never read. There is no state of random generators: each step seeds them.
 """
 
+import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from torch.distributed.checkpoint._nested_dict import set_element
+from accelerate.utils import extract_model_from_parallel
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from loop.run_folder import RunError
+from data.errors import UserError, one_line
+from loop.console import is_main_process, warn
+from loop.distributed import gather
+from loop.files import sync_folder, write_json
+from loop.safe_pickle import SafePlanner, SafeReader
+from loop.state import TrainState
 
+MAX_FAILED_SAVES_IN_A_ROW = 3
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -36,8 +42,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 IO_ERRORS = (Exception, CheckpointException)
 
 
+class SaveError(Exception):
+    """Some rank could not write; raised on every rank, with nothing on disk changed."""
+
+
+# --- find ---------------------------------------------------------------------------------------------
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under root, newest first; whether their bytes are sound only `verify` tells."""
+    """Complete checkpoints under root, newest first; `verify` tells whether their bytes are sound."""
     folders = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
@@ -57,7 +70,7 @@ def newest_sound(root: Path) -> Path | None:
         while aside.exists():
             aside, number = folder.with_name(f".bad-{folder.name}-{number}"), number + 1
         folder.rename(aside)
-        print(f"warning: {folder.name} is damaged ({damage}); kept aside as {aside}", flush=True)
+        warn(f"{folder.name} is damaged ({damage}); kept aside as {aside}")
     return None
 
 
@@ -76,7 +89,7 @@ def verify(folder: Path) -> str | None:
 
 
 def fingerprints(folder: Path, files) -> dict[str, list]:
-    """name -> [size in bytes, SHA-256]; hashing leaves the interpreter free, so files go in parallel."""
+    """name -> [size in bytes, SHA-256]; hashing releases Python's lock, so files go in parallel."""
 
     def fingerprint(path: Path) -> list:
         sha256 = hashlib.sha256()
@@ -90,112 +103,214 @@ def fingerprints(folder: Path, files) -> dict[str, list]:
         return dict(zip([str(path.relative_to(folder)) for path in files], pool.map(fingerprint, files), strict=True))
 
 
-def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizer) -> None:
-    """Restores model and optimizer in place, whatever number of processes or strategy saved them. All ranks.
-
-    Raises RunError where the checkpoint is of another model, or holds what no checkpoint of a run holds.
-    """
-    weights, optimizer_state = get_state_dict(model, optimizer.optimizer)
-    target = plain_tensors({"model": weights, "optimizer": optimizer_state})
-    reader = PlainReader(folder / "state")
-    try:
-        # Once more than dcp.load does, which prints a traceback where this fails.
-        add_further_state(target, reader.read_metadata())
-        dcp.load(
-            target,
-            storage_reader=reader,
-            planner=PlainPlanner(),
-            no_dist=accelerator.num_processes == 1,
-        )
-    except IO_ERRORS as error:
-        while isinstance(error, CheckpointException):  # it wraps those of all ranks
-            error, _ = next(iter(error.failures.values()))
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        part = "the optimizer in loop/optimizer.py" if "optimizer." in why else "--model"
-        raise RunError(f"cannot go on from {folder}: {why}; is {part} the one it was made with?") from error
-    set_state_dict(
-        model,
-        optimizer.optimizer,
-        model_state_dict=target["model"],
-        optim_state_dict=with_wrappers(target["optimizer"], optimizer_state),
-    )
+# --- load ---------------------------------------------------------------------------------------------
 
 
-def add_further_state(target: dict, metadata: dcp.metadata.Metadata) -> None:
-    """Makes room in target for what a step has put into optimizer.state[parameter] beside the optimizer's own, an
-    average of the weights say: a tensor of its shape is sharded as it is."""
-    for key, entry in metadata.state_dict_metadata.items():
-        name, _, item = key.removeprefix("optimizer.state.").rpartition(".")
-        state = target["optimizer"]["state"].get(name) if key.startswith("optimizer.state.") else None
-        if state is None or item in state:
-            continue
-        parameter = target["model"][name]
-        if not isinstance(entry, dcp.metadata.TensorStorageMetadata):
-            state[item] = 0  # a number, which takes its place
-        elif entry.size == parameter.shape:
-            state[item] = torch.empty_like(parameter, dtype=entry.properties.dtype)
-        else:
-            state[item] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+def tensors_of(model, optimizers: list) -> dict:
+    """Weights, and for each parameter what its optimizer keeps of it, by name; an 8-bit moment as the plain tensors
+    it is made of. Nothing is copied. torch's `get_state_dict` would first make a step with gradients of 0."""
+    model = extract_model_from_parallel(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = {names[parameter]: dict(state) for optimizer in optimizers for parameter, state in optimizer.state.items()}
+    return {"model": model.state_dict(), "optimizer": plain_tensors({name: states[name] for name in sorted(states)})}
 
 
 def plain_tensors(state):
-    """state with each 8-bit moment as the plain tensors it is made of, which share its memory."""
     if isinstance(state, dict):
         return {key: plain_tensors(value) for key, value in state.items()}
-    if is_wrapper(state):
+    if hasattr(state, "__tensor_flatten__") and not isinstance(state, DTensor):
         return {name: getattr(state, name) for name in state.__tensor_flatten__()[0]}
     return state
 
 
-def with_wrappers(loaded, state):
-    """What was loaded in the form of state: into the plain tensors of a wrapper it was loaded in place."""
-    if isinstance(state, dict):
-        return {key: with_wrappers(value, state.get(key)) for key, value in loaded.items()}
-    return state if is_wrapper(state) else loaded
+def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizers: list) -> None:
+    """Restores weights and optimizer state in place, whatever number of processes or strategy saved them. All ranks.
+
+    With no optimizers the weights alone. Rates, decay and the like are those of the step file. Raises UserError if the checkpoint
+    is of another model, or holds what no checkpoint of a run holds.
+    """
+    groups = {}
+    for name, parameter in extract_model_from_parallel(model).named_parameters():
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if any(parameter is member for member in group["params"]):
+                    groups[name] = parameter, optimizer, group
+    reader = SafeReader(folder / "state")
+    try:
+        # Once more than dcp.load does, because that prints a traceback if it fails.
+        target = {"model": tensors_of(model, [])["model"], "optimizer": {}}
+        for key, entry in reader.read_metadata().state_dict_metadata.items():
+            if optimizers and key.startswith("optimizer."):
+                name = next(name for name in groups if key.startswith(f"optimizer.{name}."))
+                *outer, item = key.removeprefix(f"optimizer.{name}.").split(".")
+                place = target["optimizer"].setdefault(name, {})
+                for part in outer:
+                    place = place.setdefault(part, {})
+                place[item] = room_for(entry, groups[name][0], groups[name][2])
+        dcp.load(target, storage_reader=reader, planner=SafePlanner(), no_dist=accelerator.num_processes == 1)
+    except (StopIteration, *IO_ERRORS) as error:
+        while isinstance(error, CheckpointException):  # it wraps those of all ranks
+            error, _ = next(iter(error.failures.values()))
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"cannot go on from {folder}: {why}; is --model the one it was made with?") from error
+    for name, state in target["optimizer"].items():
+        parameter, optimizer, _ = groups[name]
+        optimizer.state[parameter] = state
 
 
-def is_wrapper(value) -> bool:
-    return hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
+def room_for(entry, parameter: torch.Tensor, group: dict):
+    """Where an entry of a checkpoint is read to: sharded as the parameter is, if it has the parameter's shape."""
+    if not isinstance(entry, dcp.metadata.TensorStorageMetadata):
+        return 0  # a number, which takes its place
+    dtype = entry.properties.dtype
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    # torch.optim keeps step counts on the host, unless its kernel reads them.
+    on_host = not entry.size and not (group.get("fused") or group.get("capturable"))
+    return torch.empty(entry.size, dtype=dtype, device="cpu" if on_host else parameter.device)
 
 
-class PlainPlanner(DefaultLoadPlanner):
-    """Reads the values beside the tensors (betas, step counts) as data; torch's own planner unpickles anything."""
-
-    def load_bytes(self, read_item, value) -> None:
-        value = torch.load(value, weights_only=True)
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
+# --- write --------------------------------------------------------------------------------------------
 
 
-class PlainReader(dcp.FileSystemReader):
-    """Reads .metadata, which is a pickle, as a description of tensors and nothing else."""
+class CheckpointWriter:
+    """Writes step-<step> folders under root, one at a time, keeping the newest save_total_limit. All ranks.
 
-    def read_metadata(self, *args, **kwargs):
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    Training pauses only for a copy to host memory, as large as weights and moments of this rank's shards;
+    under DDP the main process alone copies. (torch's async_save has no step after its write, for manifest and rename.)
+    """
+
+    def __init__(self, root: Path, save_total_limit: int, device: torch.device):
+        self.root, self.save_total_limit = root, save_total_limit
+        on_cuda = device.type == "cuda"
+        options = StagingOptions(
+            use_pinned_memory=on_cuda,
+            use_non_blocking_copy=on_cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+        )
+        self.stager = DefaultStager(options)
+        # A group of its own: collectives of the writing thread must not meet those of the training.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: tuple[int, Future] | None = None
+        self.failed_in_a_row = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Finishes the write in progress, however the training ended."""
+        self.thread.shutdown()
+
+    def save(self, model, optimizers: list, state: TrainState) -> None:
+        """Waits for the write before, copies, and begins to write. Raises what `wait` raises."""
+        self.wait()
+        tensors = tensors_of(model, optimizers)
+        has_shards = any(isinstance(weight, DTensor) for weight in tensors["model"].values())
+        # Under DDP every rank has all of it, and one copy in host memory is enough.
+        copy = self.stager.stage(tensors if has_shards or is_main_process() else {})
+        trainer = dataclasses.asdict(state)
+        write = self.thread.submit(write_checkpoint, self.root, copy, trainer, self.save_total_limit, self.group)
+        self.writing = state.step, write
+
+    def wait(self, is_last: bool = False) -> None:
+        """Until nothing is being written. Says if a write failed; UserError if it was the last, or the third
+        in a row."""
+        if self.writing is None:
+            return
+        (step, write), self.writing = self.writing, None
+        try:
+            write.result()
+            self.failed_in_a_row = 0
+        except SaveError as error:
+            self.failed_in_a_row += 1
+            if is_last or self.failed_in_a_row == MAX_FAILED_SAVES_IN_A_ROW:
+                raise UserError(f"the checkpoint of step {step} could not be written: {error}") from error
+            warn(f"no checkpoint at step {step}, training goes on: {error}")
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Admits the classes that describe tensors: https://docs.python.org/3/library/pickle.html#restricting-globals"""
+def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: int, group) -> None:
+    """copy: weights and optimizer state on the CPU; trainer: the TrainState. All ranks.
 
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("builtins", "getattr"):
-            return enum_member
-        if (
-            module == "torch.distributed.checkpoint.metadata"
-            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
-            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            or (module, name) == ("torch.serialization", "_get_layout")
-            or (module.startswith("pathlib") and name == "PosixPath")
-        ) and "." not in name:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"a checkpoint does not hold {module}.{name}")
+    Raises SaveError if any rank failed; older checkpoints stay as they are.
+    """
+    folder = root / f"step-{trainer['step']:08d}"
+    temporary = root / f".tmp-{folder.name}"
+    files = {}
+    try:
+        error = None
+        try:
+            if is_main_process():
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        except IO_ERRORS as failure:
+            error = failure
+        agree(error, group)
+        try:
+            dcp.save(copy, checkpoint_id=temporary / "state", process_group=group, no_dist=group is None)
+            files = fingerprints(temporary, temporary.glob(f"state/__{rank_of(group)}_*"))
+        except IO_ERRORS as failure:
+            error = failure
+        agree(error, group)
+        parts = gather(files, group)
+        try:
+            if is_main_process():
+                write_json(temporary / "trainer.json", trainer)
+                files = {name: value for part in parts for name, value in part.items()}
+                files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
+                write_json(temporary / "manifest.json", files)
+                sync_folder(temporary / "state")
+                temporary.rename(folder)
+                sync_folder(root)
+        except IO_ERRORS as failure:
+            error = failure
+        agree(error, group)
+    except SaveError as error:
+        if is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+        # A full disk may come to light as some other error of a writer.
+        free = shutil.disk_usage(root.parent).free / 1e9
+        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}") from error
+    if is_main_process():
+        for old in checkpoints(root)[save_total_limit:]:
+            trash = old.with_name(f".trash-{old.name}")
+            old.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
-def enum_member(kind: type[Enum], name: str) -> Enum:
-    """What Python 3.11.0 to 3.11.3 writes for a member of an Enum is getattr(kind, name)."""
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"a checkpoint does not hold an attribute of {kind}")
-    return kind[name]
+def check_ranks_agree(model, root: Path) -> None:
+    """Raises UserError if the weights of a DDP model are not the same on every rank. All ranks.
+
+    The sum of all bits as integers, in about the time of reading the weights once.
+    """
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    with torch.no_grad():
+        sums = [p.view(integers[p.itemsize]).sum(dtype=torch.int64) for p in model.parameters()]
+    checksum = torch.stack(sums).tolist()
+    if any(other != checksum for other in gather(checksum)):
+        raise UserError(
+            "the ranks' weights have drifted apart: something in the step differs from rank to rank, such as random "
+            "numbers (draw them from torch.Generator(device).manual_seed(batch.seed)). This run cannot go on; "
+            f"the last sound checkpoint is {next(iter(checkpoints(root)), 'none')}"
+        )
+
+
+def agree(error: BaseException | None, group=None) -> None:
+    """Raises SaveError on every rank if one of them has an error. All ranks."""
+    for message in gather(None if error is None else reason(error, rank_of(group)), group):
+        if message is not None:
+            raise SaveError(message)
+
+
+def reason(error: BaseException, rank: int) -> str:
+    """What went wrong, and on which rank: torch.distributed.checkpoint wraps the errors of all of them."""
+    while isinstance(error, CheckpointException):
+        rank, (error, _) = next(iter(error.failures.items()))
+    return f"{type(error).__name__}: {one_line(error)} (rank {rank})"
+
+
+def rank_of(group=None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0

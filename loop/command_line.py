@@ -8,14 +8,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import tyro
 
+from data.errors import one_line
 from loop.config import PRESETS, TrainConfig
+from loop.console import is_main_process, refuse
 
 USAGE = """\
 accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
@@ -40,15 +39,15 @@ def parse_config(args: list[str]) -> TrainConfig:
         config = PRESETS[preset]
         if known.config is not None:
             config = read_yaml(known.config, config)
-        config = read_flags(flags, config, quiet=not is_main_process(), prog=f"train.py {preset}")
+        config = read_flags(flags, config, f"train.py {preset}", quiet=not is_main_process())
         config.check()
         return config
     except ValueError as error:
         refuse(str(error))
 
 
-def read_flags(flags: list[str], config: TrainConfig, quiet: bool, prog: str = "train.py") -> TrainConfig:
-    """config with flags applied; a wrong one is tyro's message (none where quiet) and exit status 2."""
+def read_flags(flags: list[str], config: TrainConfig, prog: str, quiet: bool) -> TrainConfig:
+    """config with flags applied; a wrong one is tyro's message (none if quiet) and exit status 2."""
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         return tyro.cli(
             TrainConfig, args=flags, default=config, prog=prog, description=USAGE, console_outputs=not quiet
@@ -62,27 +61,25 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        refuse(f"cannot read {path}: {' '.join(str(error).split())}")
+        refuse(f"cannot read {path}: {one_line(error)}")
     if not isinstance(settings, dict):
         refuse(f"{path} must hold lines of the form `setting: value`")
     fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    values = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name not in fields:
             refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
+        if value is None:  # a setting without a value keeps its default
+            continue
         flag = f"--{name}={value}"
-        if isinstance(value, bool):  # YAML reads a bare `on` as true
-            flag = (
-                f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else 'off'}"
-            )
+        if isinstance(value, bool):  # YAML reads a bare `on` or `no` as a truth value
+            no = "no" if "no" in getattr(fields[name], "__args__", ()) else "off"
+            flag = f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else no}"
         try:
-            parsed = read_flags([flag], config, quiet=True)
+            config = read_flags([flag], config, "train.py", quiet=True)
         except SystemExit:
             expected = getattr(fields[name], "__args__", None) or fields[name].__name__
             refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
-        values[name] = getattr(parsed, name)
-    config = dataclasses.replace(config, **values)
     try:
         config.check()
         return config
@@ -92,14 +89,3 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
 
 def nearest(word: str, choices) -> str:
     return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def refuse(message: str) -> NoReturn:
-    """One message for a user's mistake, from the main process alone, and exit status 2."""
-    if is_main_process():
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)

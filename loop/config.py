@@ -4,12 +4,18 @@ import dataclasses
 from typing import Literal
 
 
+def may_change(default):
+    """A setting that another launch may change on --resume: it names, watches, or packs the same rows in another way.
+    The data is known by its tokens, the batch by its rows. Every other setting is part of what the run is."""
+    return dataclasses.field(default=default, metadata={"may_change": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     # --- data ---
     # ModelScope dataset id, a local .jsonl/.json/.csv/.parquet file, or `sample` (embedded).
-    dataset: str = "krisfu/delicate_medical_r1_data"
-    # System prompt of every row that brings none; an empty string leaves it out.
+    dataset: str = may_change("krisfu/delicate_medical_r1_data")
+    # System prompt of rows without a system message; an empty string leaves it out.
     system_prompt: str = "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"
     # Longest row in tokens, prompt and reply together.
     max_length: int = 2048
@@ -20,27 +26,29 @@ class TrainConfig:
 
     # --- model ---
     # ModelScope model id, a local Hugging Face folder, or `tiny` (embedded, random weights).
-    model: str = "Qwen/Qwen3-1.7B"
-    # Rank of LoRA's updates, trained in place of the weights; 0 trains all parameters.
+    model: str = may_change("Qwen/Qwen3-1.7B")
+    # Rank of LoRA's updates, trained instead of the weights; 0 trains all parameters.
     lora_rank: int = 0
     # Autocast over fp32 weights; `no` computes in fp32.
     mixed_precision: Literal["bf16", "no"] = "bf16"
     # What a card's memory allows: speed, or a profile for 32, 24 or 16 GB (--dry-run shows what each needs and
     # changes). auto: the faster one that fits of speed and 32g, which compute the same.
-    memory: Literal["auto", "speed", "32g", "24g", "16g"] = "auto"
+    memory: Literal["auto", "speed", "32g", "24g", "16g"] = may_change("auto")
     # Recompute activations in the backward pass: less memory, about a third more compute. auto: as memory says.
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    gradient_checkpointing: Literal["auto", "on", "off"] = may_change("auto")
     # Compile the decoder layers. auto: on CUDA, in runs long enough to repay the compilation.
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = may_change("auto")
 
     # --- optimizer step ---
+    # The method: a Python file with the functions of loop/step.py; recipes/ has more.
+    step_file: str = may_change("loop/step.py")
     # Rows in one micro-batch on each process.
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = may_change(1)
     # Micro-batches in one optimizer step on each process.
-    gradient_accumulation_steps: int = 4
-    # Tokens in one micro-batch, for speed only: a step's rows on a process are laid end to end in as few as that
-    # allows. 0: per_device_train_batch_size rows each; -1: as memory says.
-    micro_batch_tokens: int = -1
+    gradient_accumulation_steps: int = may_change(4)
+    # Packs each process's rows into as few micro-batches of at most this many tokens as possible; affects speed
+    # only. 0: per_device_train_batch_size rows each; -1: as memory says.
+    micro_batch_tokens: int = may_change(-1)
     # Weights of thinking and answer tokens in the loss that is trained; reported losses are never weighted.
     think_weight: float = 1.0
     answer_weight: float = 1.0
@@ -58,49 +66,49 @@ class TrainConfig:
     # --- length of the run ---
     # Passes over the training rows.
     num_train_epochs: float = 2
-    # Optimizer steps in all; above 0 it takes the place of num_train_epochs.
+    # Optimizer steps in all; above 0 it replaces num_train_epochs.
     max_steps: int = -1
     # Seed of the split, the data order, dropout and random weights.
     seed: int = 42
 
     # --- evaluation ---
-    # Evaluate every so many steps (and before the first and after the last one).
+    # Evaluate every N steps (and before the first and after the last one).
     eval_steps: int = 100
     # Rows in one evaluation micro-batch on each process; the loss does not depend on it.
-    per_device_eval_batch_size: int = 1
-    # Stop after so many evaluations in a row without a better loss; 0 never stops early.
-    early_stopping_patience: int = 3
+    per_device_eval_batch_size: int = may_change(1)
+    # Stop after N evaluations in a row without a better loss; 0 never stops early.
+    early_stopping_patience: int = may_change(3)
     # An evaluation counts as better only by more than this.
-    early_stopping_min_delta: float = 0.0
+    early_stopping_min_delta: float = may_change(0.0)
 
     # Validation questions that the model answers at each evaluation (and up to 32 that the best one answers at the
     # end); 0 turns it off.
-    num_samples: int = 3
+    num_samples: int = may_change(3)
     # Longest of these answers in tokens, thinking included.
-    sample_max_new_tokens: int = 1024
+    sample_max_new_tokens: int = may_change(1024)
 
     # --- output ---
     # Folder of the run: data/, checkpoints/, best/, metrics.jsonl, samples.jsonl, report.md.
-    output_dir: str = "outputs/qwen3-1.7b-medical"
-    # Write train metrics every so many steps.
-    logging_steps: int = 10
-    # Write a checkpoint every so many steps (and after the last one).
-    save_steps: int = 400
-    # Checkpoints kept, newest first; at least 2, for the newest may be the one that is damaged.
-    save_total_limit: int = 2
+    output_dir: str = may_change("outputs/qwen3-1.7b-medical")
+    # Write train metrics every N steps.
+    logging_steps: int = may_change(10)
+    # Write a checkpoint every N steps (and after the last one).
+    save_steps: int = may_change(400)
+    # Checkpoints kept, newest first; at least 2, because the newest may be damaged.
+    save_total_limit: int = may_change(2)
     # Language of report.md and of the model's README.
-    language: Literal["zh", "en"] = "zh"
+    language: Literal["zh", "en"] = may_change("zh")
     # SwanLab project and experiment name.
-    swanlab_project: str = "qwen3-sft-medical"
-    run_name: str = "qwen3-1.7b"
+    swanlab_project: str = may_change("qwen3-sft-medical")
+    run_name: str = may_change("qwen3-1.7b")
     # auto: your own SwanLab setting, else online with a key, else offline.
-    swanlab_mode: Literal["auto", "online", "offline", "local", "disabled"] = "auto"
+    swanlab_mode: Literal["auto", "online", "offline", "local", "disabled"] = may_change("auto")
 
     # --- this launch ---
-    # Go on from the newest complete checkpoint in output_dir; start where there is none.
-    resume: bool = False
+    # Go on from the newest complete checkpoint in output_dir; start if there is none.
+    resume: bool = may_change(False)
     # Show configuration, data report and one rendered example; load no weights.
-    dry_run: bool = False
+    dry_run: bool = may_change(False)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that is out of range."""

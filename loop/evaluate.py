@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from loop.processes import to_device
+from data.batches import MicroBatch
+from loop.distributed import to_device
 
 
 class EvalMetrics(NamedTuple):
@@ -26,23 +27,35 @@ class EvalMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, micro_batches: Sequence[dict], accelerator: Accelerator) -> EvalMetrics:
+def evaluate(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Accelerator) -> EvalMetrics:
     """micro_batches: this rank's share of the rows, as many as every other rank has.
 
-    Sums are kept in fp64 and divided once, so the result depends neither on the evaluation batch size
-    nor on the number of ranks. The model is left in the mode it came in.
+    Sums are added up exactly on the host and divided once, so the result depends neither on the evaluation batch
+    size nor on the number of ranks. The model is left in the mode it came in.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=accelerator.device)  # (loss, correct, count) x (think, answer)
+    sums = []  # of each micro-batch: (loss, correct, count) x (think, answer)
     for micro_batch in micro_batches:
-        micro_batch = to_device(micro_batch, accelerator.device)
-        is_think = micro_batch["is_think"]
-        sums[:2] += model(**micro_batch, count_correct=True)
-        sums[2] += torch.stack([is_think.sum(), (~is_think).sum()])
+        inputs, is_think = to_device(micro_batch, accelerator.device)
+        losses, is_correct = model(**inputs, count_correct=True)
+        measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
+        sums.append(torch.stack([(x * part).sum() for x in measures for part in (is_think, ~is_think)]))
     model.train(was_training)
-    losses, correct, counts = accelerator.reduce(sums).tolist()  # all ranks
-    return EvalMetrics(mean(sum(losses), sum(counts)), *map(mean, losses, counts), *map(mean, correct, counts))
+    columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
+    think_loss, answer_loss, think_correct, answer_correct, think, answer = (total(column) for column in columns)
+    return EvalMetrics(
+        mean(think_loss + answer_loss, think + answer),
+        mean(think_loss, think),
+        mean(answer_loss, answer),
+        mean(think_correct, think),
+        mean(answer_correct, answer),
+    )
+
+
+def total(values: Sequence[float]) -> float:
+    """The exact sum, rounded once, whatever the order."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def perplexity(loss: float) -> float:

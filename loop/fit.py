@@ -1,141 +1,110 @@
-"""The outer loop."""
+"""The whole training, from top to bottom."""
 
-import math
-import random
-import sys
-import time
-from collections.abc import Callable
-
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
+from data.dataset import load_data
+from loop.checkpoint import CheckpointWriter, check_ranks_agree, load_checkpoint
 from loop.config import TrainConfig
-from loop.evaluate import EvalMetrics, evaluate
+from loop.console import say
+from loop.distributed import end_processes, make_accelerator, prepare, seed_step, to_device
+from loop.evaluate import evaluate
 from loop.interrupt import Interrupt
-from loop.optimizer import lr_at
-from loop.processes import to_device
-from loop.saving import CheckpointWriter, SaveError
-from loop.state import TrainState
-from loop.step import train_step
-from loop.tracking import Tracker, peak_memory_gib
+from loop.memory import PROFILES
+from loop.resolve import resolve
+from loop.run import Run
+from loop.step_file import check_groups, load_step_file
+from model.lora import add_lora
+from model.loss import SFTModel
+from model.qwen3 import load_model, load_tokenizer, meta_model
 
 
-def fit(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    tracker: Tracker,
-    step_batch: Callable,  # step -> data.batches.StepBatch
-    eval_batches: list[dict],
-    max_steps: int,
-    checkpoints: CheckpointWriter,
-    export_best: Callable[[EvalMetrics], None],  # all ranks; raises SaveError
-    answer_samples: Callable[[], dict[str, float]],  # all ranks; returns format rates
-    interrupt: Interrupt,
-) -> str:
-    """Trains from state.step on, updating state in place, and returns how that ended. All ranks.
+def fit(config: TrainConfig) -> bool:
+    """Trains, or goes on training, in config.output_dir; returns whether the training is over. All ranks.
 
-    completed, early_stopped, or interrupted with a checkpoint of the last step. Raises Diverged where
-    gradients stay non-finite and RunError where checkpoints cannot be written; older ones are then intact.
+    Raises UserError if it cannot begin, or diverges, or cannot write checkpoints; older ones are then intact.
     """
-    bar = tqdm(
-        total=max_steps,
-        initial=state.step,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )
-    seconds, num_tokens, num_steps = 0.0, 0, 0  # of the training since the last row of train metrics
-    stop = False
-    evaluation = accelerator, model, state, tracker, eval_batches, export_best, answer_samples, bar, max_steps
-    if state.step == 0:
-        keep_best(*evaluation)
+    disable_progress_bar()  # of loading and saving weights
+    method = load_step_file(config.step_file)
+    accelerator = make_accelerator(config)
+    with accelerator.local_main_process_first():  # a download happens once
+        data = load_data(config, lambda texts: load_tokenizer(config.model, texts, weights=not config.dry_run),
+                         accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    outline = make_outline(config, data.tokenizer)
+    config, plan = resolve(config, data, outline, accelerator)
+    about = {"num_parameters": outline.num_parameters()}
+    about["optimizers"] = check_groups(method, outline, config, accelerator.device)
+    if config.dry_run:
+        return False
+    run = Run(config, data, plan, method, about, accelerator)
+    state = run.state
+    if run.is_finished:
+        say(f"this run is finished: {state.summary(run.best)}")
+        return False
 
-    while state.step < max_steps and not state.early_stopping.should_stop and not stop:
-        started = time.perf_counter()
-        # Dropout is a function of (seed, step, rank), so there is no state of generators to save.
-        set_seed(random.Random(f"{config.seed}/{state.step}/{accelerator.process_index}").getrandbits(32))
-        batch = step_batch(state.step)
-        micro_batches = to_device(batch.micro_batches, accelerator.device)
-        lr = lr_at(
-            state.step,
-            max_steps=max_steps,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_ratio=config.warmup_ratio,
+    model = build_model(config, data.tokenizer, accelerator)
+    model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
+    if run.checkpoint:
+        load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.same_optimizers else [])
+        say(f"resumed from {run.checkpoint}")
+    start, root = state.step, run.folder / "checkpoints"
+    eval_batches = data.eval_batches(config)
+    with run:
+        with (
+            Interrupt(run.folder) as interrupt,
+            CheckpointWriter(root, config.save_total_limit, accelerator.device) as checkpoints,
+        ):
+            while True:
+                # --- evaluate: before the first step, every eval_steps, after the last one ---
+                if run.due(config.eval_steps) and state.last_eval != state.step:
+                    check_ranks_agree(model, root)
+                    with method.evaluated_weights(model, optimizers):
+                        run.evaluated(evaluate(model, eval_batches, accelerator), model)
+
+                # --- checkpoint, stop ---
+                stop = run.is_trained or (state.step > start and interrupt.requested())
+                if (stop or state.step % config.save_steps == 0) and state.step > start:
+                    check_ranks_agree(model, root)
+                    checkpoints.save(model, optimizers, state)
+                if stop:
+                    break
+
+                # --- one optimizer step; its randomness is a function of (seed, step, rank) ---
+                seed_step(config.seed, state.step, accelerator.process_index)
+                batch = to_device(data.batch(state.step, config), accelerator.device)
+                multiplier = method.lr_multiplier(state.step, config.max_steps, config)
+                metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
+                run.stepped(metrics, batch, optimizers)
+            checkpoints.wait(is_last=True)
+        if not run.is_trained:
+            interrupt.done()
+        del model, optimizers
+        accelerator.free_memory()
+        is_over = run.finish()
+    end_processes(accelerator)
+    return is_over
+
+
+def make_outline(config: TrainConfig, tokenizer):
+    """The model without its weights, on the meta device."""
+    outline = meta_model(config.model, tokenizer, weights=not config.dry_run)
+    if config.lora_rank:
+        add_lora(outline, config.lora_rank, config.model)
+    return outline
+
+
+def build_model(config: TrainConfig, tokenizer, accelerator: Accelerator) -> SFTModel:
+    profile = PROFILES[config.memory]
+    set_seed(config.seed)
+    with accelerator.local_main_process_first():
+        causal_lm = load_model(
+            config.model,
+            tokenizer,
+            gradient_checkpointing=config.gradient_checkpointing == "on",
+            dtype=profile.weights,
+            compile=config.compile == "on",
         )
-        metrics = train_step(model, optimizer, micro_batches, accelerator, lr, config.max_grad_norm or math.inf)
-        state.record(metrics)
-        seconds += time.perf_counter() - started
-        num_tokens += batch.num_tokens
-        num_steps += 1
-        if not metrics.finite:
-            rows = ", ".join(batch.rows)
-            say(
-                accelerator,
-                f"step {state.step} skipped, nothing updated: gradient norm {metrics.grad_norm}; its rows: {rows}",
-            )
-            state.check_divergence(max_steps)
-
-        def due(interval: int) -> bool:
-            return state.step % interval == 0 or state.step == max_steps
-
-        if due(config.logging_steps):
-            row = {
-                **state.take_losses(),
-                "train/learning_rate": lr,
-                "train/grad_norm": metrics.grad_norm,
-                "train/epoch": batch.epoch,
-                "train/tokens_seen": state.tokens_seen,
-                "train/nonfinite_steps": state.nonfinite_steps,
-                "perf/tokens_per_s": num_tokens / seconds,
-                "perf/step_time_s": seconds / num_steps,
-                "memory/peak_gib": peak_memory_gib(accelerator.device),
-            }
-            tracker.log(row, state.step)
-            bar.set_postfix(loss=f"{row['train/loss']:.4f}", lr=lr, tokens_per_s=row["perf/tokens_per_s"])
-            if accelerator.is_main_process and bar.disable:  # no terminal: a log file reads lines, not a bar
-                print(f"step {state.step}/{max_steps}  {bar.postfix}", flush=True)
-            seconds, num_tokens, num_steps = 0.0, 0, 0
-        bar.update()
-        if due(config.eval_steps):
-            keep_best(*evaluation)
-        stop = interrupt.requested(accelerator)
-        is_last = state.step == max_steps or state.early_stopping.should_stop or stop
-        if due(config.save_steps) or is_last:
-            checkpoints.save(model, optimizer, state)
-    checkpoints.wait(is_last=True)
-    bar.close()
-    if state.early_stopping.should_stop:
-        return "early_stopped"
-    return "completed" if state.step >= max_steps else "interrupted"
-
-
-def keep_best(accelerator, model, state, tracker, eval_batches, export_best, answer_samples, bar, max_steps) -> None:
-    """Evaluates, exports the model where its loss is the lowest so far, and has it answer. All ranks."""
-    metrics = evaluate(model, eval_batches, accelerator)
-    try:
-        if state.early_stopping.is_better(metrics.loss):
-            export_best(metrics)
-        is_best = state.early_stopping.update(metrics.loss, state.step)
-    except SaveError as error:  # best_loss always is that of the model in best/
-        is_best = False
-        say(accelerator, f"warning: the best model of step {state.step} could not be written: {error}")
-    row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
-    best_loss = math.nan if state.early_stopping.best_loss is None else state.early_stopping.best_loss
-    row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-    if accelerator.is_main_process:  # before the answers, which may take a while
-        verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.early_stopping.best_step}"
-        bar.write(
-            f"step {state.step}/{max_steps}  eval loss {metrics.loss:.4f} "
-            f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
-        )
-    tracker.log(row | answer_samples(), state.step)
-
-
-def say(accelerator: Accelerator, message: str) -> None:
-    if accelerator.is_main_process:
-        tqdm.write(message, file=sys.stderr)
+    if config.lora_rank:
+        add_lora(causal_lm, config.lora_rank, config.model)
+    return SFTModel(causal_lm, profile.loss_chunk)

@@ -1,6 +1,5 @@
 """Asking a run to stop: SIGTERM, Ctrl+C, or a file named STOP in its folder."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+
+from loop.console import is_main_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SECONDS = 5  # a launcher may deliver one Ctrl+C twice
@@ -41,15 +41,15 @@ class Interrupt:
         if self.signalled_at is None:
             self.signalled_at = now
             message = b"\nstopping after this step, with a checkpoint; a second signal quits at once\n"
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 os.write(sys.stderr.fileno(), message)
         elif now - self.signalled_at > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def requested(self, accelerator: Accelerator) -> bool:
+    def requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. All ranks."""
-        here = self.signalled_at is not None or (accelerator.is_main_process and self.stop_file.exists())
+        here = self.signalled_at is not None or (is_main_process() and self.stop_file.exists())
         if self.group is None:
             return here
         asked = torch.tensor(int(here))
@@ -59,17 +59,3 @@ class Interrupt:
     def done(self) -> None:
         """Takes the STOP file away, or the next run would stop too. Any rank."""
         self.stop_file.unlink(missing_ok=True)
-
-
-def end_with_launcher() -> None:
-    """Has SIGTERM sent to this process when accelerate's one-process launcher dies, which forwards no signal.
-
-    Without it the training would go on as an orphan. Elsewhere a process may outlive its parent on purpose
-    (nohup), and launchers of several processes end them themselves.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if launched and sys.platform == "linux":
-        pr_set_pdeathsig, parent = 1, os.getppid()
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGTERM)

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from data.errors import UserError
 from loop.config import TrainConfig
-from loop.run_folder import RunError
+from loop.console import warn
 
 GIB = 2**30
-# Fixed costs beside the tensors: the CUDA context and what the allocator cannot use; the interpreter and its libraries.
+# Fixed costs besides the tensors: the CUDA context and what the allocator cannot use; the interpreter and its libraries.
 OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}
 
 
@@ -38,7 +39,7 @@ PROFILES = {
 
 
 class Plan(NamedTuple):
-    """A profile with the settings that take its place, and what it needs."""
+    """A profile with the settings that replace its own, and what it needs."""
 
     name: str
     profile: Profile
@@ -72,13 +73,11 @@ def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.d
     return plans
 
 
-def choose(plans: dict[str, Plan], memory: str, device: torch.device, available: float) -> Plan:
-    """The plan of a profile; `auto` is the first of speed and 32g, which compute the same, that fits.
-
-    Raises RunError where it does not fit, naming the profile that does.
-    """
+def choose(plans: dict[str, Plan], memory: str, device: torch.device, available: float, dry_run: bool = False) -> Plan:
+    """The plan of a profile, with a warning if it is predicted not to fit; `auto` is the first of speed and 32g,
+    which compute the same, that fits. Raises UserError if neither does, naming the profile that would."""
     if memory not in ("auto", *plans):
-        raise RunError(f"--memory {memory} is for one GPU or DDP; with FSDP2 choose among auto, {', '.join(plans)}")
+        raise UserError(f"--memory {memory} is for one GPU or DDP; with FSDP2 choose among auto, {', '.join(plans)}")
     for name in ("speed", "32g") if memory == "auto" else (memory,):
         if plans[name].total <= available:
             return plans[name]
@@ -88,16 +87,20 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
         if fits
         else "no profile fits: a shorter --max-length, a smaller --model, or more GPUs with loop/launch/fsdp2.yaml"
     )
-    raise RunError(
+    problem = (
         f"this run needs about {plans[name].total / GIB:.1f} GiB with --memory {name}, and {device} has "
-        f"{available / GIB:.1f} GiB. {advice}; --dry-run shows what takes how much"
+        f"{available / GIB:.1f} GiB. {advice}"
     )
+    if memory == "auto" and not dry_run:
+        raise UserError(f"{problem}; --dry-run shows what takes how much")
+    warn(problem)
+    return plans[name]
 
 
 def predict(
     profile: Profile, causal_lm, tokens: int, autocast: bool, device: torch.device, shards: int
 ) -> dict[str, float]:
-    """Bytes of each item at the peak of a backward over a micro-batch of so many tokens, all of them targets."""
+    """Bytes of each item at the peak of a backward over a micro-batch of that many tokens, all of them targets."""
     c = causal_lm.config
     num_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     num_trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
@@ -130,23 +133,19 @@ def predict(
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of the device's memory; of this process's share of the machine's where it has none of its own."""
+    """Bytes of the device's memory; of a CPU, this process's share of the machine's."""
     backend = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(backend, "mem_get_info"):
         return backend.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def memory_table(plans: dict[str, Plan], memory: str, device: torch.device, available: float) -> str:
+def memory_table(plans: dict[str, Plan], chosen: str, device: torch.device, available: float) -> str:
     """What each profile needs and changes, and item by item what the chosen one needs."""
     lines = [f"memory: {device} has {available / GIB:.1f} GiB"]
     lines += [
         f"  --memory {name:<6} {plan.total / GIB:6.1f} GiB  {plan.profile.numerics}" for name, plan in plans.items()
     ]
-    try:
-        plan = choose(plans, memory, device, available)
-    except RunError as error:
-        return "\n".join([*lines, str(error)])
-    lines.append(f"{memory} is {plan.name}:" if memory == "auto" else f"{plan.name}:")
-    lines += [f"  {item:<46}{size / GIB:6.1f} GiB" for item, size in plan.needs.items()]
+    lines.append(f"{chosen}:")
+    lines += [f"  {item:<46}{size / GIB:6.1f} GiB" for item, size in plans[chosen].needs.items()]
     return "\n".join(lines)

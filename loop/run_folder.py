@@ -12,61 +12,44 @@ import json
 import os
 from pathlib import Path
 
+from data.errors import UserError
 from loop.config import TrainConfig
+from loop.files import write_json
 
-# Settings that name this launch or its record, cut the same rows another way, or only watch: free to change.
-FREE_SETTINGS = {
-    "output_dir", "resume", "dry_run", "swanlab_project", "run_name", "swanlab_mode", "logging_steps",
-    "save_steps", "save_total_limit", "per_device_eval_batch_size", "gradient_checkpointing",
-    "micro_batch_tokens", "compile", "memory",
-    "early_stopping_patience", "early_stopping_min_delta", "num_samples", "sample_max_new_tokens", "language",
-    # The data is told by its tokens, so a file may move; the batch by its rows.
-    "dataset", "model", "per_device_train_batch_size", "gradient_accumulation_steps",
-}  # fmt: skip
-
-
+# Settings that another launch may change, and what is recorded apart from them.
+FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")} | {"step_files"}
 TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
 
-class RunError(Exception):
-    """The run cannot start or go on; the message says why and what to do."""
-
-    status = "failed"
-
-
-class Diverged(RunError):
-    status = "diverged"
-
-
 def claim(output_dir: Path, resume: bool):
-    """Refuses a folder that another process writes to, or that holds a run unless that run is to go on.
+    """Refuses a folder that another process writes to, or that holds a run unless --resume goes on with it.
 
-    Returns the lock: it lasts until it is closed or the process is gone, whatever ended it.
+    Returns the lock: it lasts until it is closed or the process has ended.
     """
     held = [name for name in TRAINED if (output_dir / name).exists()]
     if held and not resume:
-        raise RunError(
+        raise UserError(
             f"{output_dir} already holds a run ({', '.join(held)}). Go on with it: --resume. "
             "Start another one: --output-dir OTHER"
         )
     if output_dir.exists() and not output_dir.is_dir():
-        raise RunError(f"{output_dir} is a file; --output-dir names a folder")
+        raise UserError(f"{output_dir} is a file; --output-dir names a folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = (output_dir / ".lock").open("a+")
     except OSError as error:
-        raise RunError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
+        raise UserError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RunError(f"another process is training in {output_dir}; wait for it, or choose --output-dir") from error
+        raise UserError(f"another process is training in {output_dir}; wait for it, or choose --output-dir") from error
     except OSError:
         pass  # a file system without locks
     return lock
 
 
 def is_held(output_dir: Path) -> bool:
-    """Whether a process is training in output_dir. False where its file system has no locks."""
+    """Whether a process is training in output_dir. False if its file system has no locks."""
     try:
         with (output_dir / ".lock").open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,18 +60,21 @@ def is_held(output_dir: Path) -> bool:
     return False
 
 
+def is_trained(output_dir: Path) -> bool:
+    return any((output_dir / name).exists() for name in TRAINED)
+
+
 def check_same_run(output_dir: Path, settings: dict) -> None:
-    """Writes run.json where nothing is trained yet; else raises RunError with every difference from it."""
-    path = output_dir / "run.json"
-    if not any((output_dir / name).exists() for name in TRAINED):
-        return write_json(path, settings)
+    """Raises UserError with every difference from run.json, if something is trained already."""
+    if not is_trained(output_dir):
+        return
     was = {**dataclasses.asdict(TrainConfig()), **read_run(output_dir)}  # a setting may be younger than the run
-    names = [name for name in {**was, **settings} if name not in FREE_SETTINGS and not name.endswith("_version")]
+    names = [name for name in {**was, **settings} if name not in FREE and not name.endswith("_version")]
     changed = [
         f"{name}: {was.get(name)!r} -> {settings.get(name)!r}" for name in names if was.get(name) != settings.get(name)
     ]
     if changed:
-        raise RunError(
+        raise UserError(
             f"{output_dir} holds a run with other settings, so --resume cannot go on with it:\n  "
             + "\n  ".join(changed)
             + "\nLaunch it as it was, or start another run: --output-dir OTHER"
@@ -98,8 +84,8 @@ def check_same_run(output_dir: Path, settings: dict) -> None:
 def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
     """config with the gradient accumulation that gives this number of processes the run's global batch.
 
-    Unchanged where no run is there yet, or where the command line asks for another micro-batch than the run had;
-    `check_same_run` judges that. Raises RunError where the batch does not divide.
+    Unchanged if there is no run yet, or if the command line asks for another micro-batch than the run had;
+    `check_same_run` judges that. Raises UserError if the batch does not divide.
     """
     if not (Path(config.output_dir) / "run.json").exists():
         return config
@@ -110,7 +96,7 @@ def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
         return config
     steps, rest = divmod(was["rows_per_step"], config.per_device_train_batch_size * num_processes)
     if rest:
-        raise RunError(
+        raise UserError(
             f"the run has {was['rows_per_step']} rows a step, which --num_processes {num_processes} with "
             f"--per-device-train-batch-size {config.per_device_train_batch_size} cannot share out; choose them, and "
             f"--gradient-accumulation-steps, so that their product is {was['rows_per_step']}"
@@ -123,41 +109,18 @@ def read_run(output_dir: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{output_dir} is no folder of a run: cannot read {path} ({error})") from error
+        raise UserError(f"{output_dir} is no folder of a run: cannot read {path} ({error})") from error
 
 
-def write_status(output_dir: Path, status: str, **facts) -> None:
+def write_status(output_dir: Path, status: str, **more) -> None:
     """Replaces run_status.json. A full disk must not hide how a run ended, so nothing is raised."""
     with contextlib.suppress(OSError):
-        write_json(output_dir / "run_status.json", {"status": status, "pid": os.getpid(), **facts})
+        write_json(output_dir / "run_status.json", {"status": status, "pid": os.getpid(), **more})
 
 
 def read_status(output_dir: Path) -> dict:
-    """What write_status wrote last; empty where nothing can be read."""
+    """What write_status wrote last; empty if nothing can be read."""
     try:
         return json.loads((output_dir / "run_status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """The whole file or the one before it, through a power cut too."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        sync(file)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last through a power cut, as fsync does for a file's bytes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

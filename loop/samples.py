@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.encode import Example, render_prompt
-from data.medical import Row
+from data.dataset import Data
+from data.encode import render_prompt
+from data.rows import Row
 from loop.config import TrainConfig
-from loop.tracking import Tracker, keep_rows, warn
-from model.generate import Reply, load_for_generation, ready_to_generate, reply_to
+from loop.console import is_main_process, say, warn
+from loop.tracking import Tracker, keep_rows
+from model.generate import Reply, format_rates, load_for_generation, ready_to_generate, reply_to
 
 NUM_OF_BEST = 32  # questions that the best model answers
 
@@ -19,30 +21,21 @@ NUM_OF_BEST = 32  # questions that the best model answers
 class Samples:
     """samples.jsonl: a line for each question and evaluation. The main process writes."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        rows: list[Row],
-        examples: list[Example],
-        tokenizer,
-        tracker: Tracker,
-        step: int,
-        is_main_process: bool,
-    ):
-        """rows: of the validation side; those that examples left out are not asked. Keeps the lines up to step."""
-        fitting = {example.where for example in examples}
-        self.rows = [row for row in rows if row.where in fitting]
+    def __init__(self, config: TrainConfig, data: Data, tracker: Tracker, step: int):
+        """Validation rows that were left out as too long are not asked. Keeps the lines up to step."""
+        fitting = {example.location for example in data.val}
+        self.rows = [row for row in data.split.val if row.location in fitting]
         self.num_samples = config.num_samples
         self.max_new_tokens = config.sample_max_new_tokens
-        self.tokenizer, self.tracker, self.is_main_process = tokenizer, tracker, is_main_process
+        self.tokenizer, self.tracker = data.tokenizer, tracker
         self.path = Path(config.output_dir) / "samples.jsonl"
-        if is_main_process:
+        if is_main_process():
             keep_rows(self.path, step, lambda row: row["model"] == "training")
 
     def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
         """The model in training answers the first questions; returns its format rates. All ranks.
 
-        Each rank computes the same answers, for with FSDP2 every forward needs all of them.
+        Each rank computes the same answers, because with FSDP2 every forward needs all of them.
         """
         if not self.num_samples:
             return {}
@@ -51,7 +44,7 @@ class Samples:
         with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
             asked = prompts(rows, self.tokenizer)
             replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate)
-        if self.is_main_process:
+        if is_main_process():
             self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
         return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
 
@@ -68,8 +61,8 @@ class Samples:
         self.tracker.log({f"best_format/{name}": rate for name, rate in rates.items()}, step)
         for sample in lines[: self.num_samples]:
             thinking = sample["think"] if len(sample["think"]) <= 200 else sample["think"][:200] + " ..."
-            print(f"\n[question] {sample['question']}\n[think] {thinking}\n[answer] {sample['answer']}")
-        print(f"\n{len(replies)} answers of the best model: " + ", ".join(f"{n} {r:.0%}" for n, r in rates.items()))
+            say(f"\n[question] {sample['question']}\n[think] {thinking}\n[answer] {sample['answer']}")
+        say(f"\n{len(replies)} answers of the best model: " + ", ".join(f"{n} {r:.0%}" for n, r in rates.items()))
 
     def write(self, lines: list[dict]) -> None:
         try:
@@ -83,22 +76,10 @@ class Samples:
 
 
 def prompts(rows: list[Row], tokenizer) -> list[str]:
-    """As each row was trained: where its reply does not think, asking for an answer alone."""
+    """As each row was trained: if its reply does not think, asking for an answer alone."""
     return [render_prompt(row.messages, tokenizer) for row in rows]
 
 
 def line(step: int, model: str, row: Row, reply: Reply) -> dict:
     question, reference = row.messages[-2]["content"], row.messages[-1]["content"]
     return {"step": step, "model": model, "question": question, **reply._asdict(), "reference": reference}
-
-
-def format_rates(replies: list[Reply]) -> dict[str, float]:
-    """Shares of replies: one closed block of thinking; a closed one and an answer; ended by an end token; a closed
-    block with nothing in it."""
-    counts = {
-        "closed": sum(reply.closed for reply in replies),
-        "answered": sum(reply.closed and bool(reply.answer) for reply in replies),
-        "stopped": sum(reply.stopped for reply in replies),
-        "empty_think": sum(reply.closed and not reply.think for reply in replies),
-    }
-    return {name: count / len(replies) for name, count in counts.items()}

@@ -1,22 +1,51 @@
-"""TrainState: what the loop knows beside weights and optimizer."""
+"""What the loop knows besides weights and optimizers: TrainState, and what one step did: StepMetrics."""
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
-from loop.early_stopping import EarlyStopping
-from loop.evaluate import mean
-from loop.run_folder import Diverged
-from loop.step import StepMetrics
+import torch
+from torch.distributed.tensor import DTensor
+
+from data.errors import UserError
+from loop.evaluate import mean, total
 
 MAX_NONFINITE_IN_A_ROW = 3
+
+
+class Diverged(UserError):
+    status = "diverged"
+
+
+class StepMetrics(NamedTuple):
+    """What one step did, over the global batch; losses are summed cross-entropy in nats."""
+
+    think_loss_sum: float
+    answer_loss_sum: float
+    num_think_tokens: int
+    num_answer_tokens: int
+    grad_norm: float  # before clipping
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+    @classmethod
+    def of(cls, batch, loss_sums: torch.Tensor, grad_norm: torch.Tensor) -> "StepMetrics":
+        """loss_sums: (micro-batches of all ranks, 2), think and answer. One copy to the host, where fsum is exact:
+        the sums do not depend on the order of ranks, and no device needs fp64."""
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        *sums, grad_norm = torch.cat([loss_sums.flatten(), grad_norm.reshape(1)]).tolist()
+        return cls(total(sums[::2]), total(sums[1::2]), batch.num_think_targets, batch.num_answer_targets, grad_norm)
 
 
 @dataclasses.dataclass
 class TrainState:
     """The same on every rank; in a checkpoint it is trainer.json. Random generators have no part in it."""
 
-    early_stopping: EarlyStopping
     run_id: str  # of SwanLab
     step: int = 0  # completed optimizer steps, skipped ones among them
     tokens_seen: int = 0  # target tokens
@@ -25,8 +54,13 @@ class TrainState:
     # Since the last row of train metrics, for its means; think and answer.
     loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
     num_targets: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    # Evaluations: the step of the last one, the lowest loss and its step, those in a row without a better loss.
+    last_eval: int = -1
+    best_loss: float | None = None
+    best_step: int = 0
+    patience_count: int = 0
 
-    def record(self, metrics: StepMetrics) -> None:
+    def stepped(self, metrics: StepMetrics) -> None:
         """Counts one more step, whose losses enter the means if it updated the weights."""
         self.step += 1
         if not metrics.finite:
@@ -40,6 +74,18 @@ class TrainState:
         self.num_targets[1] += metrics.num_answer_tokens
         self.tokens_seen += metrics.num_think_tokens + metrics.num_answer_tokens
 
+    def is_better(self, loss: float) -> bool:
+        """Whether it is the lowest so far; NaN never is."""
+        return loss < (math.inf if self.best_loss is None else self.best_loss)
+
+    def evaluated(self, loss: float, min_delta: float, is_best: bool) -> None:
+        """Counts an evaluation. Only a loss lower than the best by more than min_delta resets the patience."""
+        progress = self.best_loss is None or loss < self.best_loss - min_delta
+        self.patience_count = 0 if progress and is_best else self.patience_count + 1
+        self.last_eval = self.step
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+
     def take_losses(self) -> dict[str, float]:
         """Mean losses per target token, in nats, over the steps since the last call."""
         (think, answer), (num_think, num_answer) = self.loss_sums, self.num_targets
@@ -51,10 +97,9 @@ class TrainState:
         }
 
     def summary(self, best: Path) -> str:
-        stopping = self.early_stopping
-        if stopping.best_loss is None:
+        if self.best_loss is None:
             return f"step {self.step}, no evaluation with a finite loss"
-        return f"step {self.step}; best eval loss {stopping.best_loss:.4f} at step {stopping.best_step}: {best}"
+        return f"step {self.step}; best eval loss {self.best_loss:.4f} at step {self.best_step}: {best}"
 
     def check_divergence(self, max_steps: int) -> None:
         """Raises Diverged after more than 3 skipped steps in a row, or more than 1 % of the run (3 at least)."""
@@ -68,5 +113,4 @@ class TrainState:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    fields = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-    return TrainState(**{**fields, "early_stopping": EarlyStopping(**fields["early_stopping"])})
+    return TrainState(**json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8")))

@@ -1,60 +1,77 @@
-"""One optimizer step. This is the file to edit."""
+"""The method: optimizers, learning rate, loss, one step. Edit this file, or train with another: --step-file PATH.
+
+Random numbers differ from rank to rank here. For numbers that are equal on all ranks, and the same again
+after a resume, draw from torch.Generator(device).manual_seed(batch.seed).
+State of a parameter (a momentum, an average) belongs in optimizer.state[parameter] and is set after
+optimizer.step(); checkpoints hold it.
+"""
 
 import math
-from contextlib import nullcontext
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
+
+from loop.adamw_8bit import adamw_8bit
+from loop.state import StepMetrics
 
 
-class StepMetrics(NamedTuple):
-    """What one step did, over the global batch; losses are summed cross-entropy in nats."""
-
-    think_loss_sum: float
-    answer_loss_sum: float
-    num_think_tokens: int
-    num_answer_tokens: int
-    grad_norm: float  # before clipping
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.grad_norm)
+def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
+    """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
+    ]
+    if config.memory in ("24g", "16g"):
+        return [adamw_8bit(groups, lr=config.learning_rate)]
+    return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
 
 
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict],
-    accelerator: Accelerator,
-    lr: float,
-    max_grad_norm: float,
-) -> StepMetrics:
-    """Back-propagates this rank's micro-batches of the global batch and updates the weights once.
+def lr_multiplier(step, max_steps, config) -> float:
+    """Share of each group's peak in the update after `step` steps; the values of transformers' `get_scheduler`."""
+    warmup_steps = math.ceil(max_steps * config.warmup_ratio)
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
 
-    The loss is the mean over every target token of the global batch, so neither the cut into
-    micro-batches nor the number of ranks changes the gradient. Every rank must bring the same
-    number of micro-batches. Where the gradient norm is not finite nothing is updated.
+
+def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
+    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
+
+    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
+    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
     """
-    # --- loss: the mean over every target token of the global batch -----------------------------
-    is_think = torch.cat([micro_batch["is_think"] for micro_batch in micro_batches])
-    num_targets = accelerator.reduce(torch.stack([is_think.sum(), (~is_think).sum()]))  # all ranks
-    loss_sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    for index, micro_batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
+    loss_sums = []
+    for index, (inputs, is_think) in enumerate(batch.micro_batches):
+        is_last = index == len(batch.micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            part_sums = model(**micro_batch)  # (2,): summed cross-entropy of think, of answer
-            # DDP and FSDP average gradients over ranks; the world size undoes that.
-            accelerator.backward(part_sums.sum() * (accelerator.num_processes / num_targets.sum().double()))
-        loss_sums += part_sums.detach()
-    loss_sums = accelerator.reduce(loss_sums)  # all ranks
+            losses = model(**inputs)  # (n,) cross-entropy of each target
+            weights = is_think * config.think_weight + ~is_think * config.answer_weight
+            loss = (losses * weights).sum() / batch.num_targets
+            # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
+            accelerator.backward(loss * accelerator.num_processes)
+        losses = losses.detach()
+        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]))
+    return torch.stack(loss_sums)
 
-    # --- update: edit here ----------------------------------------------------------------------
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)  # all ranks
-    metrics = StepMetrics(*loss_sums.tolist(), *num_targets.tolist(), float(grad_norm))  # the one wait for the device
-    if metrics.finite:
+
+def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
+    """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
+    loss_sums = forward_backward(model, batch, accelerator, config)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # all ranks
+    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), grad_norm)  # the one wait for the device
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            group["lr"] = group["initial_lr"] * multiplier
+        if metrics.finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return metrics
+
+
+@contextmanager
+def evaluated_weights(model, optimizers):
+    """Within it the model has the weights that are evaluated, answer the samples and are exported: its own."""
+    yield

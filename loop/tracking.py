@@ -1,6 +1,6 @@
 """Metrics: metrics.jsonl is the record, swanlab.log the view.
 
-SwanLab never stops a run: where it cannot start, fails, or cannot finish, the reason is said once
+SwanLab never stops a run: if it cannot start, fails, or cannot finish, the reason is said once
 and every point is still in metrics.jsonl.
 """
 
@@ -14,22 +14,24 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from data.errors import UserError
 from loop.config import TrainConfig
-from loop.run_folder import RunError
+from loop.console import is_main_process, say, warn
+from loop.files import write_text
 
 FINISH_SECONDS = 60  # an online finish waits for the network without end
 FAILURES_IN_A_ROW = 20
 
 
 def choose_mode(config: TrainConfig) -> str:
-    """The SwanLab mode to start in. Raises RunError where what was asked for cannot be, before anything is built."""
+    """The SwanLab mode to start in. Raises UserError if what was asked for is not possible, before anything is built."""
     if config.swanlab_mode in ("disabled", "offline"):
         return config.swanlab_mode
     if config.swanlab_mode == "local":
         from importlib.util import find_spec
 
         if find_spec("swanboard") is None:
-            raise RunError("--swanlab-mode local needs the dashboard: pip install 'swanlab[dashboard]'")
+            raise UserError("--swanlab-mode local needs the dashboard: pip install 'swanlab[dashboard]'")
         return "local"
     try:
         drop_project_variable()
@@ -42,7 +44,7 @@ def choose_mode(config: TrainConfig) -> str:
         warn(f"SwanLab is unusable ({error}); metrics go to metrics.jsonl only")
         return "disabled"
     if config.swanlab_mode == "online" and not has_key:
-        raise RunError("--swanlab-mode online needs an account: run `swanlab login`, or choose --swanlab-mode offline")
+        raise UserError("--swanlab-mode online needs an account: run `swanlab login`, or choose --swanlab-mode offline")
     if config.swanlab_mode == "auto":
         mode = chosen or ("online" if has_key else "offline")
         return mode if has_key or mode not in ("online", "cloud") else "offline"
@@ -58,16 +60,16 @@ def drop_project_variable() -> None:
 class Tracker:
     """Writes metrics on the main process; on every other one each call does nothing."""
 
-    def __init__(self, config: TrainConfig, mode: str, run_id: str, step: int, is_main_process: bool, facts: dict):
+    def __init__(self, config: TrainConfig, mode: str, run_id: str, step: int, more: dict):
         """Opens metrics.jsonl, keeping the rows up to `step`, and starts SwanLab.
 
-        facts: what is worth knowing of the run beside its settings (versions, device, counts).
+        more: what is worth knowing of the run besides its settings (versions, device, counts).
         """
         self.run = None
         self.file = None
         self.failures = 0
         self.mode = "disabled"
-        if not is_main_process:
+        if not is_main_process():
             return
         self.directory = Path(config.output_dir) / "swanlog"
         self.run_id = run_id
@@ -75,9 +77,9 @@ class Tracker:
         keep_rows(path, step)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         if mode != "disabled":
-            self.start_swanlab(config, mode, facts)
+            self.start_swanlab(config, mode, more)
 
-    def start_swanlab(self, config: TrainConfig, mode: str, facts: dict) -> None:
+    def start_swanlab(self, config: TrainConfig, mode: str, more: dict) -> None:
         interrupt = signal.getsignal(signal.SIGINT)
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
@@ -90,7 +92,7 @@ class Tracker:
                     name=config.run_name,
                     id=self.run_id,
                     resume="allow",
-                    config={**dataclasses.asdict(config), **facts},
+                    config={**dataclasses.asdict(config), **more},
                     log_dir=str(self.directory),
                     # Never ask a question, and leave git alone: a remote's URL may hold a token.
                     settings=swanlab.Settings(
@@ -116,7 +118,7 @@ class Tracker:
             self.file.write(json.dumps(line) + "\n")
         except OSError as error:
             warn(f"metrics.jsonl: {error}")
-        # The local dashboard never draws a chart again that once met a NaN.
+        # One NaN breaks a chart in the local dashboard for good.
         self.view(
             {name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"},
             step,
@@ -173,7 +175,7 @@ class Tracker:
         if ending.is_alive():
             warn("SwanLab could not upload everything in time")
         if ending.is_alive() or self.mode == "offline":
-            print(f"SwanLab: upload this run with  swanlab sync --id {self.run_id} {newest(self.directory)}")
+            say(f"SwanLab: upload this run with  swanlab sync --id {self.run_id} {newest(self.directory)}")
 
 
 def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: True) -> None:
@@ -184,9 +186,7 @@ def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: 
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")  # text of a model may hold other ends of lines
         rows = [line for line in lines if step > 0 and is_kept(line, step, keep)]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(row + "\n" for row in rows))
 
 
 def is_kept(line: str, step: int, keep: Callable[[dict], bool]) -> bool:
@@ -199,10 +199,6 @@ def is_kept(line: str, step: int, keep: Callable[[dict], bool]) -> bool:
 
 def newest(directory: Path) -> Path:
     return max(directory.glob("run-*"), key=lambda path: path.stat().st_mtime, default=directory)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def peak_memory_gib(device) -> float:

@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
 
+os.umask(UMASK := os.umask(0))  # read once: for an instant it is 0 for every thread
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=StrictUndefined,
@@ -25,7 +27,7 @@ TEMPLATES = Environment(
 def export(
     causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path, texts: dict[str, str] | None = None
 ) -> None:
-    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays. Where the model
+    """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays. If the model
     trains with LoRA its updates are merged into the weights, and stand alone in adapter/.
 
     state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames
@@ -52,8 +54,8 @@ def export(
     for name, text in (texts or {}).items():
         (temporary / name).write_text(text, encoding="utf-8")
     for path in [path for path in temporary.rglob("*") if path.is_file()]:
-        # safetensors creates files that only their owner can read, whatever the umask.
-        path.chmod(0o666 & ~current_umask())
+        # safetensors creates files that only their owner can read.
+        path.chmod(0o666 & ~UMASK)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
@@ -63,40 +65,34 @@ def export(
 
 
 def restore_export(folder: Path) -> None:
-    """Puts the last export back where a kill struck between the two renames."""
+    """Puts the last export back if a kill struck between the two renames."""
     old = folder.with_name(f".old-{folder.name}")
     if old.exists() and not folder.exists():
         old.rename(folder)
 
 
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def card(run: dict, language: str, sampling: GenerationConfig) -> dict[str, str]:
+    """README.md, the model card, and a Modelfile for Ollama. run: its settings and figures.
 
-
-def card(facts: dict, language: str, sampling: GenerationConfig) -> dict[str, str]:
-    """README.md, the model card, and a Modelfile for Ollama. facts: settings of the run, and its figures.
-
-    The card's header keeps the system prompt that the model was trained with, for whoever talks to it.
+    The card's header keeps the system prompt that the model was trained with, for everyone who talks to it.
     """
     header = {
         "language": ["zh"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["qwen3", "medical", "reasoning", "sft"],
-        "system_prompt": facts["system_prompt"],
+        "system_prompt": run["system_prompt"],
     }
-    # Where a model or dataset is a path, its name says enough, and the folders above it are nobody's business.
-    facts = facts | {
-        name: Path(facts[name]).name if Path(facts[name]).expanduser().exists() else facts[name]
+    # If a model or dataset is a path, the name is enough; the folders above it are private.
+    run = run | {
+        name: Path(run[name]).name if Path(run[name]).expanduser().exists() else run[name]
         for name in ("model", "dataset")
     }
-    facts |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
-    text = TEMPLATES.get_template(f"card.{language}.md").render(facts)
+    run |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    text = TEMPLATES.get_template(f"card.{language}.md").render(run)
     return {
         "README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}",
-        "Modelfile": TEMPLATES.get_template("Modelfile").render(facts),
+        "Modelfile": TEMPLATES.get_template("Modelfile").render(run),
     }
 
 

@@ -13,7 +13,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from model.qwen3 import ModelError, find_model
+from data.errors import UserError, one_line
+from model.qwen3 import find_model
 
 # Replies made at one time: 16 of Qwen3-1.7B with 2,048 tokens each keep 3.5 GiB of keys and values.
 BATCH = 16
@@ -26,10 +27,22 @@ class Reply(NamedTuple):
     stopped: bool  # the reply ended with an end token, not with the token limit
 
 
+def format_rates(replies: list[Reply]) -> dict[str, float]:
+    """Shares of replies: one closed block of thinking; a closed one and an answer; ended by an end token; a closed
+    block with nothing in it."""
+    counts = {
+        "closed": sum(reply.closed for reply in replies),
+        "answered": sum(reply.closed and bool(reply.answer) for reply in replies),
+        "stopped": sum(reply.stopped for reply in replies),
+        "empty_think": sum(reply.closed and not reply.think for reply in replies),
+    }
+    return {name: count / len(replies) for name, count in counts.items()}
+
+
 def load_for_generation(model: str | Path, device: torch.device):
     """(model, tokenizer) of a local folder or a ModelScope id, in its own dtype with PyTorch's attention.
 
-    Raises ModelError where that is no model, HubError where it cannot be downloaded.
+    Raises UserError if that is no model, or cannot be downloaded.
     """
     folder = find_model(str(model))
     try:
@@ -38,9 +51,9 @@ def load_for_generation(model: str | Path, device: torch.device):
             folder, dtype="auto", attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).to(device)
     except Exception as error:
-        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot load {model}: {one_line(error)}") from error
     if tokenizer.chat_template is None:
-        raise ModelError(f"the tokenizer of {model} has no chat template: it is no chat model")
+        raise UserError(f"the tokenizer of {model} has no chat template: it is no chat model")
     return causal_lm.eval(), tokenizer
 
 
@@ -63,8 +76,8 @@ def reply_to(
 ) -> list[Reply]:
     """Greedy replies to prompts as the chat template renders them, some at a time with a cache of keys and values.
 
-    A prompt that fills the model's context gets an empty reply. generate: causal_lm's own, or what calls it where
-    the weights have to be gathered first.
+    A prompt that fills the model's context gets an empty reply. generate: causal_lm's own, or a function that
+    gathers the weights first.
     """
     if len(prompts) > BATCH:
         starts = range(0, len(prompts), BATCH)
@@ -95,7 +108,7 @@ def reply_to(
 
 
 def has_block(prompt: str) -> bool:
-    """Whether the prompt brings the empty block of thinking that asks for an answer alone."""
+    """Whether the prompt ends with the empty block of thinking that asks for an answer alone."""
     return prompt.rstrip().endswith("</think>")
 
 
@@ -118,7 +131,7 @@ def split_reply(ids: list[int], tokenizer, ends: list[int], prompt_has_block: bo
     return Reply(think, answer, closed, stopped=end is not None)
 
 
-class ReplyError(Exception):
+class ReplyError(UserError):
     """There can be no reply: the dialogue leaves no room for one, or the model failed."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.qwen3 import ModelError
+from data.errors import UserError
 
 NAME = "default"  # peft's own, for the one adapter of a model
 
@@ -19,7 +19,7 @@ def add_lora(causal_lm, rank: int, base_model: str) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ModelError('--lora-rank needs peft: pip install -e ".[lora]"') from error
+        raise UserError('--lora-rank needs peft: pip install -e ".[lora]"') from error
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

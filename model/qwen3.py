@@ -13,7 +13,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from data.hub import HubError, download, is_hub_id
+from data.errors import UserError, one_line
+from data.hub import download, is_hub_id
 from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -47,19 +48,15 @@ TINY_TEMPLATE = """\
 """
 
 
-class ModelError(Exception):
-    """The model cannot be had or used; the message says why and what to do."""
-
-
 def find_model(model: str, weights: bool = True) -> Path:
     """The local folder of a model: a path, or a ModelScope download (without weights: the small files)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{model} has no config.json: it is no Hugging Face model folder")
+            raise UserError(f"{model} has no config.json: it is no Hugging Face model folder")
         return folder
     if folder.exists() or not is_hub_id(model):
-        raise ModelError(
+        raise UserError(
             f"there is no model folder {model!r}; name a local Hugging Face folder, "
             "a ModelScope model id (owner/name), or `tiny`"
         )
@@ -75,12 +72,12 @@ def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = T
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"cannot load the tokenizer of {model}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot load the tokenizer of {model}: {one_line(error)}") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in [*SPECIAL_TOKENS, *THINK_TOKENS] if token not in vocabulary]
     if missing or tokenizer.chat_template is None:
         lack = f"no token {', '.join(missing)}" if missing else "no chat template"
-        raise ModelError(f"the tokenizer of {model} has {lack}; a Qwen3 model is needed")
+        raise UserError(f"the tokenizer of {model} has {lack}; a Qwen3 model is needed")
     return tokenizer
 
 
@@ -89,18 +86,18 @@ def model_config(model: str, tokenizer, weights: bool = True):
         return tiny_config(tokenizer)
     try:
         config = AutoConfig.from_pretrained(find_model(model, weights), local_files_only=True, trust_remote_code=False)
-    except (ModelError, HubError):
+    except UserError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot load {model}: {one_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
+        raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
     if len(tokenizer) > config.vocab_size:
-        raise ModelError(f"{model}: the tokenizer has {len(tokenizer)} words, the model {config.vocab_size}")
+        raise UserError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     return config
 
 
-def outline(model: str, tokenizer, weights: bool = True):
+def meta_model(model: str, tokenizer, weights: bool = True):
     """The model without its weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config(model, tokenizer, weights))
@@ -125,7 +122,7 @@ def load_model(
                 use_safetensors=True,
             )
     except Exception as error:
-        raise ModelError(f"cannot load {model}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot load {model}: {one_line(error)}") from error
     causal_lm.generation_config = generation_config(causal_lm, tokenizer)
     if gradient_checkpointing:
         # transformers renamed it after 5.17; both are non-reentrant by default.
@@ -138,7 +135,7 @@ def load_model(
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 2,048 words made from texts, with Qwen3's special tokens and template."""
+    """A byte-level BPE with a vocabulary of 2,048 made from texts, with Qwen3's special tokens and template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -151,7 +148,7 @@ def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # As in Qwen3 the think tokens are words of their own, yet not skipped with the special ones.
+    # As in Qwen3 the think tokens are tokens of their own, but not skipped with the special ones.
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -181,7 +178,7 @@ def tiny_config(tokenizer) -> Qwen3Config:
 
 
 def generation_config(causal_lm, tokenizer) -> GenerationConfig:
-    """Both end tokens, Qwen3's sampling where the source model brings none of its own."""
+    """Both end tokens, Qwen3's sampling if the source model has none of its own."""
     own = causal_lm.generation_config.to_diff_dict() if causal_lm.generation_config else {}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     end = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]

@@ -1,4 +1,4 @@
-"""Two models on the same held-out rows: python -m loop.compare MODEL_A MODEL_B --dataset FILE [--out DIR]
+"""Two models on the same held-out rows: python -m tools.compare_models MODEL_A MODEL_B --dataset FILE [--out DIR]
 
 Perplexity by part; character-level ROUGE-L and BLEU of the answers; format rates; answers side by side.
 """
@@ -14,15 +14,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_batches
 from data.encode import encode_rows
-from data.hub import HubError
-from data.medical import Row, replace_text, to_messages
-from data.source import DataError, find_source, read_source
+from data.errors import UserError
+from data.rows import Row, to_messages
+from data.source import find_source, read_source
 from loop.evaluate import evaluate, perplexity
-from loop.samples import format_rates, prompts
+from loop.files import write_text
+from loop.samples import prompts
 from model.export import system_prompt_of
-from model.generate import Reply, load_for_generation, reply_to
+from model.generate import Reply, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
-from model.qwen3 import ModelError, find_model, load_model, load_tokenizer
+from model.qwen3 import find_model, load_model, load_tokenizer
+from tools.report import quote
 
 PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is
@@ -45,8 +47,8 @@ MEASURES = {
 def main() -> None:
     try:
         run()
-    except (DataError, ModelError, HubError, OSError) as error:
-        raise SystemExit(f"loop.compare: {error}") from None
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.compare_models: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -58,7 +60,9 @@ def run() -> None:
     parser.add_argument("--num-rows", type=int, default=32, help="rows to answer; the loss is that of all rows")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, thinking included")
     parser.add_argument("--max-length", type=int, default=2048, help="longer rows are left out of the loss")
-    parser.add_argument("--system", help="system prompt of rows that bring none; default: the one of the second model")
+    parser.add_argument(
+        "--system", help="system prompt of rows without a system message; default: the one of the second model"
+    )
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.json and compare.md")
     args = parser.parse_args()
     if args.num_rows < 1 or args.max_new_tokens < 1:
@@ -67,9 +71,9 @@ def run() -> None:
         from rouge_score import rouge_scorer  # noqa: F401
         from sacrebleu import corpus_bleu  # noqa: F401
     except ImportError:
-        raise SystemExit('loop.compare needs sacrebleu and rouge-score: pip install -e ".[compare]"') from None
+        raise SystemExit('tools.compare_models needs sacrebleu and rouge-score: pip install -e ".[compare]"') from None
     if (args.out / "compare.json").exists():
-        raise SystemExit(f"loop.compare: {args.out} holds a comparison already; name another folder with --out")
+        raise SystemExit(f"tools.compare_models: {args.out} holds a comparison already; name another folder with --out")
     disable_progress_bar()
     _, tuned = map(find_model, args.models)
     rows = read_rows(args.dataset, system_prompt_of(tuned) if args.system is None else args.system)
@@ -86,22 +90,22 @@ def run() -> None:
         results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
-    replace_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    replace_text(args.out / "compare.md", markdown(report))
+    write_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+    write_text(args.out / "compare.md", markdown(report))
     show(report)
     print(f"answers side by side: {args.out / 'compare.md'}")
 
 
 def read_rows(dataset: str, system_prompt: str) -> list[Row]:
-    """Every row of the file. Raises DataError naming the first that is unusable."""
+    """Every row of the file. Raises UserError naming the first that is unusable."""
     rows = []
-    for where, columns in read_source(find_source(dataset)):
+    for location, columns in read_source(find_source(dataset)):
         try:
-            rows.append(Row(where, columns, to_messages(columns, system_prompt)))
+            rows.append(Row(location, columns, to_messages(columns, system_prompt)))
         except ValueError as reason:
-            raise DataError(f"{where} {reason}") from None
+            raise UserError(f"{location} {reason}") from None
     if not rows:
-        raise DataError(f"{dataset} has no rows")
+        raise UserError(f"{dataset} has no rows")
     return rows
 
 
@@ -110,12 +114,10 @@ def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerato
     tokenizer = load_tokenizer(name)
     examples, _ = encode_rows(rows, tokenizer, max_length, "drop")
     if not examples:
-        raise DataError(f"no row has at most {max_length} tokens; raise --max-length")
+        raise UserError(f"no row has at most {max_length} tokens; raise --max-length")
     causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype="auto")
     model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
-    batches = rank_batches(
-        examples, range(len(examples)), batch_size=1, micro_batch_tokens=max_length, rank=0, world_size=1
-    )
+    batches = rank_batches(examples, batch_size=1, micro_batch_tokens=max_length)
     metrics = evaluate(model, batches, accelerator)
     perplexities = {f"{part}perplexity": perplexity(metrics._asdict()[f"{part}loss"]) for part in PARTS}
     return {**metrics._asdict(), **perplexities}
@@ -160,8 +162,6 @@ def show(report: dict) -> None:
 
 
 def markdown(report: dict) -> str:
-    from loop.report import quote
-
     a, b = report["models"]
     lines = [
         f"# {a['model']} and {b['model']}",

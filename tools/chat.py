@@ -1,4 +1,4 @@
-"""Talk to an exported model: python -m model.chat RUN_DIR/best [--web | --question "..." [--json]]"""
+"""Talk to an exported model: python -m tools.chat RUN_DIR/best [--web | --question "..." [--json]]"""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from data.hub import HubError
+from data.errors import UserError
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation
-from model.qwen3 import ModelError, find_model
+from model.qwen3 import find_model
 
 HELP = """\
 /clear         forget the dialogue
@@ -28,7 +28,7 @@ def main() -> None:
         run(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever read the answer is gone
+    except BrokenPipeError:  # the reader of the answer has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         causal_lm, tokenizer = load_for_generation(args.model, device())
         system = system_prompt_of(find_model(args.model)) if args.system is None else args.system
-    except (ModelError, HubError) as error:
+    except UserError as error:
         inner = Path(args.model) / "best"
-        raise SystemExit(f"model.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
+        raise SystemExit(f"tools.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
     if args.web:
-        from model.web import serve
+        from tools.web import serve
 
         serve(causal_lm, tokenizer, system, not args.nothink, settings, args.port)
     elif args.question is not None:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="model.chat", description="Talk to an exported model.", epilog=HELP,
+    parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.", epilog=HELP,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
     parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")
@@ -105,20 +105,20 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
         else:
             show(Console(), stream)
     except ReplyError as error:
-        raise SystemExit(f"model.chat: {error}") from None
+        raise SystemExit(f"tools.chat: {error}") from None
     reply = stream.reply
     if as_json:
-        facts = {
+        line = {
             "question": question,
             **reply._asdict(),
             "tokens": len(stream.ids),
             "seconds": round(stream.seconds, 3),
         }
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(line, ensure_ascii=False))
     elif not sys.stdout.isatty():
         print(reply.answer)
     if not reply.answer:
-        raise SystemExit(f"model.chat: {shortcoming(stream) or 'the answer is empty'}")
+        raise SystemExit(f"tools.chat: {shortcoming(stream) or 'the answer is empty'}")
 
 
 def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> None:

@@ -1,4 +1,4 @@
-"""report.md and its curves, from what a run has written so far: python -m loop.report RUN_DIR [--language en]"""
+"""report.md and its curves, from what a run has written so far: python -m tools.report RUN_DIR [--language en]"""
 
 import argparse
 import json
@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data.medical import replace_text
-from loop.run_folder import RunError, is_held, read_run, read_status
+from data.errors import UserError
+from loop.files import write_text
+from loop.run_folder import is_held, read_run, read_status
+from model.generate import Reply, format_rates
 
 NUM_ANSWERS = 5
 # A rise of the evaluation loss by less than this share of it is not called overfitting.
@@ -27,21 +29,18 @@ class Verdict(NamedTuple):
     last: dict  # with a finite loss
     worse: dict  # the first one after the best
     rise: float  # of the last over the best, in nats
-    train_fall: float  # of the train loss over the same steps, in nats; NaN where it is not known
+    train_fall: float  # of the train loss over the same steps, in nats; NaN if it is not known
 
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
-    """Raises RunError where run_dir holds no run or no evaluation of it. Overwrites an older report."""
-    from loop.samples import format_rates
-    from model.generate import Reply
-
+    """Raises UserError if run_dir holds no run or no evaluation of it. Overwrites an older report."""
     run = read_run(run_dir)
     language = language or run.get("language", "zh")
     rows = read_lines(run_dir / "metrics.jsonl")
     train = [row for row in rows if "train/loss" in row]
     evaluations = [row for row in rows if "eval/loss" in row]
     if not any(math.isfinite(row["eval/loss"]) for row in evaluations):
-        raise RunError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
+        raise UserError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
     epochs_per_step = train[-1]["train/epoch"] / train[-1]["step"] if train else 0.0
     evaluations = [{**row, "epoch": row["step"] * epochs_per_step} for row in evaluations]
     verdict = judge(evaluations, train)
@@ -78,7 +77,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         rates={name: f"{rate:.0%}" for name, rate in rates.items()},
     )
     draw(run_dir / "report", train, evaluations, verdict, status)
-    replace_text(run_dir / "report.md", text)
+    write_text(run_dir / "report.md", text)
     return run_dir / "report.md"
 
 
@@ -122,7 +121,7 @@ def quote(text: str) -> str:
 
 
 def draw(folder: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None) -> None:
-    """loss.png, parts.png, training.png. Labels are in English: matplotlib brings no Chinese font."""
+    """loss.png, parts.png, training.png. Labels are in English: matplotlib has no Chinese font of its own."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -189,8 +188,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(write_report(args.run_dir, args.language))
-    except (RunError, OSError) as error:
-        raise SystemExit(f"loop.report: {error}") from None
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.report: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chat as a page in the browser, over the generator of the terminal: python -m model.chat RUN_DIR/best --web"""
+"""The chat as a page in the browser, over the generator of the terminal: python -m tools.chat RUN_DIR/best --web"""
 
 import os
 import time
@@ -21,7 +21,7 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
     try:
         import gradio
     except ImportError:
-        raise SystemExit('model.chat: --web needs gradio: pip install -e ".[web]"') from None
+        raise SystemExit('tools.chat: --web needs gradio: pip install -e ".[web]"') from None
 
     def reply(message: str, history: list[dict]):
         dialogue = [{"role": "system", "content": system}] if system else []
@@ -56,7 +56,7 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[])
     except OSError as error:
-        raise SystemExit(f"model.chat: port {port} cannot be used ({error}); choose another with --port") from None
+        raise SystemExit(f"tools.chat: port {port} cannot be used ({error}); choose another with --port") from None
 
 
 def bubbles(gradio, texts: dict[str, str], seconds: float, done: bool) -> list:

@@ -1,15 +1,14 @@
-"""Rows: validate each one, split them, write the split files and the report."""
+"""Rows: check each one, split them, count what was left out."""
 
 import dataclasses
 import json
-import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from data.source import DataError, find_source, read_source
+from data.errors import UserError
+from data.source import find_source, read_source
 
 MAX_UNUSABLE = 0.1
 
@@ -20,13 +19,13 @@ INLINE_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One usable row: where it stands, its columns as read, and the dialogue they mean.
+    """One usable row: its file and line, its columns as read, and the dialogue they mean.
 
     messages alternate user and assistant after an optional system message; an assistant message
-    has `content` and, where it thinks, `reasoning_content`, both without surrounding whitespace.
+    has `content` and, if it thinks, `reasoning_content`, both without surrounding whitespace.
     """
 
-    where: str
+    location: str  # file and line
     columns: dict
     messages: list[dict]
 
@@ -51,7 +50,7 @@ class Split:
 
 
 def to_messages(columns: dict, system_prompt: str) -> list[dict]:
-    """The dialogue of a row. Raises ValueError with the reason where the row is unusable."""
+    """The dialogue of a row. Raises ValueError with the reason if the row is unusable."""
     if not isinstance(columns, dict):
         raise ValueError(f"is not an object but {type(columns).__name__}" if not isinstance(columns, str) else columns)
     if columns.get("messages") is not None:
@@ -119,23 +118,23 @@ def load_split(dataset: str, system_prompt: str, val_fraction: float, seed: int)
 
     problems, unusable = [], Counter()
     parts: tuple[list[Row], list[Row]] = ([], [])
-    for index, (where, columns) in enumerate(read):
+    for index, (location, columns) in enumerate(read):
         try:
             messages = to_messages(columns, system_prompt)
         except ValueError as reason:
-            problems.append({"where": where, "problem": str(reason), "action": "skipped"})
+            problems.append({"location": location, "problem": str(reason), "action": "skipped"})
             unusable[str(reason)] += 1
             continue
-        parts[index >= cut].append(Row(where, columns, messages))
+        parts[index >= cut].append(Row(location, columns, messages))
 
     # The held-out side keeps a shared question: the evaluation stays what the split says it is.
     val = without_repeats(parts[1], problems)
-    held_out = {row.question: row.where for row in val}
+    held_out = {row.question: row.location for row in val}
     train = []
     for row in without_repeats(parts[0], problems):
         if row.question in held_out:
             problem = f"its question is also a validation question ({held_out[row.question]})"
-            problems.append({"where": row.where, "problem": problem, "action": "removed from train"})
+            problems.append({"location": row.location, "problem": problem, "action": "removed from train"})
         else:
             train.append(row)
 
@@ -157,14 +156,14 @@ def load_split(dataset: str, system_prompt: str, val_fraction: float, seed: int)
         "problems": problems,
     }
     if sum(unusable.values()) > MAX_UNUSABLE * len(read):
-        examples = "; ".join(f"{p['where']} {p['problem']}" for p in problems if p["action"] == "skipped")
-        raise DataError(
+        examples = "; ".join(f"{p['location']} {p['problem']}" for p in problems if p["action"] == "skipped")
+        raise UserError(
             f"{path}: {sum(unusable.values())} of {len(read)} rows are unusable (at most "
             f"{MAX_UNUSABLE:.0%} may be): {examples[:600]}"
         )
     for name, rows in (("train", train), ("evaluate", val)):
         if not rows:
-            raise DataError(f"{path}: nothing left to {name} on: {len(read)} rows read, val_fraction {val_fraction}")
+            raise UserError(f"{path}: nothing left to {name} on: {len(read)} rows read, val_fraction {val_fraction}")
     return Split(train, val, report)
 
 
@@ -175,20 +174,24 @@ def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
         key = json.dumps(row.messages, sort_keys=True)
         if key in seen:
             problem = f"is the same as {seen[key]}"
-            problems.append({"where": row.where, "problem": problem, "action": "duplicate, removed"})
+            problems.append({"location": row.location, "problem": problem, "action": "duplicate, removed"})
         else:
-            seen[key] = row.where
+            seen[key] = row.location
             kept.append(row)
     return kept
 
 
-def write_split(split: Split, folder: Path) -> None:
-    """train.jsonl, val.jsonl (columns as read), *_format.jsonl and data_report.json, always from the source."""
-    folder.mkdir(parents=True, exist_ok=True)
+def split_files(split: Split) -> dict[str, str]:
+    """Name -> text: train.jsonl and val.jsonl (columns as read), *_format.jsonl, data_report.json."""
+    files = {"data_report.json": json.dumps(split.report, ensure_ascii=False, indent=2) + "\n"}
     for name, rows in (("train", split.train), ("val", split.val)):
-        write_jsonl(folder / f"{name}.jsonl", [row.columns for row in rows])
-        write_jsonl(folder / f"{name}_format.jsonl", [line for row in rows for line in to_format(row)])
-    replace_text(folder / "data_report.json", json.dumps(split.report, ensure_ascii=False, indent=2) + "\n")
+        files[f"{name}.jsonl"] = to_jsonl(row.columns for row in rows)
+        files[f"{name}_format.jsonl"] = to_jsonl(line for row in rows for line in to_format(row))
+    return files
+
+
+def to_jsonl(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def to_format(row: Row) -> list[dict]:
@@ -202,14 +205,3 @@ def to_format(row: Row) -> list[dict]:
         lines.append({**line, "history": list(history)} if history else line)
         history.append([user["content"], reply["content"]])
     return lines
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    os.replace(temporary, path)

@@ -1,0 +1,56 @@
+"""Data: the rows of a run, encoded, and the batches that are made of them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from data.batches import Batch, MicroBatch, rank_batches, step_batch, steps_per_epoch
+from data.encode import Example, encode_split
+from data.rows import Split, load_split
+
+
+@dataclasses.dataclass
+class Data:
+    """Every rank holds the same rows; batches are this rank's share. config: a loop.config.TrainConfig."""
+
+    split: Split
+    tokenizer: object
+    train: list[Example]
+    val: list[Example]
+    rank: int
+    world_size: int
+
+    def rows_per_step(self, config) -> int:
+        return config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world_size
+
+    def steps_per_epoch(self, config) -> int:
+        return steps_per_epoch(len(self.train), self.rows_per_step(config))
+
+    def batch(self, step: int, config) -> Batch:
+        """What the update after `step` completed steps trains on."""
+        return step_batch(
+            step,
+            self.train,
+            rows_per_step=self.rows_per_step(config),
+            seed=config.seed,
+            batch_size=config.per_device_train_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def eval_batches(self, config) -> Sequence[MicroBatch]:
+        return rank_batches(
+            self.val,
+            batch_size=config.per_device_eval_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+
+def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:
+    """make_tokenizer: from the texts of the training rows. Raises UserError if nothing can be trained on."""
+    split = load_split(config.dataset, config.system_prompt, config.val_fraction, config.seed)
+    tokenizer = make_tokenizer(split.texts())
+    train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
+    return Data(split, tokenizer, train, val, rank, world_size)

@@ -1,0 +1,29 @@
+"""Messages to the person at the terminal: said once, by the main process."""
+
+import os
+import sys
+from typing import NoReturn
+
+
+def is_main_process() -> bool:
+    """Known from the launcher's variables, before torch is loaded."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str, file=None) -> None:
+    """Prints a line above the progress bar; nothing on other ranks."""
+    if is_main_process():
+        from tqdm import tqdm
+
+        tqdm.write(message, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def warn(message: str) -> None:
+    say(f"warning: {message}", file=sys.stderr)
+
+
+def refuse(message: str) -> NoReturn:
+    """One message for a user's mistake, and exit status 2."""
+    say(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,67 @@
+"""Every "auto" of the settings, replaced once by what acts; and what --dry-run shows."""
+
+import dataclasses
+import math
+import os
+import sys
+
+import yaml
+from accelerate import Accelerator
+
+from data.dataset import Data
+from data.show import report_table, show_example
+from loop.config import TrainConfig
+from loop.console import say
+from loop.distributed import on_main_process
+from loop.memory import GIB, Plan, choose, memory_of, memory_table, plan_all
+from loop.run_folder import keep_global_batch
+from loop.tracking import choose_mode
+
+
+def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[TrainConfig, Plan]:
+    """The settings as they act, and the bytes that the run will need. outline: the model on the meta device.
+
+    Raises UserError if the run cannot be made on this device or with this number of processes.
+    """
+    device, processes = accelerator.device, accelerator.num_processes
+    if config.resume:
+        config = on_main_process(lambda: keep_global_batch(config, processes))
+    max_steps = config.max_steps
+    if max_steps <= 0:
+        max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
+    shards = processes if accelerator.is_fsdp2 else 1
+    available = memory_of(device)
+    plans = plan_all(config, outline, [len(example) for example in data.train], device, shards)
+    plan = choose(plans, config.memory, device, available, config.dry_run)
+    # Based on the total, not the remaining steps, so that a resumed run compiles the same way.
+    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and max_steps >= 1000)
+    config = dataclasses.replace(
+        config,
+        max_steps=max_steps,
+        memory=plan.name,
+        gradient_checkpointing="on" if plan.profile.gradient_checkpointing else "off",
+        micro_batch_tokens=plan.profile.micro_batch_tokens,
+        compile="on" if compiles else "off",
+        swanlab_mode="disabled" if config.dry_run else choose_mode(config),
+    )
+    if config.dry_run:
+        say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
+    say(report_table(data.split.report))
+    say(
+        f"{max_steps:,} optimizer steps of {data.rows_per_step(config)} rows (per_device_train_batch_size "
+        f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "
+        f"x {processes} processes) on {device}"
+    )
+    if config.dry_run:
+        say(show_example(data.train[0], data.tokenizer, color=use_color()))
+        say(memory_table(plans, plan.name, device, available))
+    else:
+        say(
+            f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; compile {config.compile}; "
+            f"mixed_precision {config.mixed_precision}; step file {config.step_file}"
+        )
+    return config, plan
+
+
+def use_color() -> bool:
+    return "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)

@@ -1,0 +1,230 @@
+"""Run: the folder of one run, from its first launch to its last answers."""
+
+import dataclasses
+import math
+import shutil
+import sys
+import time
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from data.dataset import Data
+from data.encode import digest
+from data.rows import split_files
+from loop.checkpoint import SaveError, agree, newest_sound
+from loop.config import TrainConfig
+from loop.console import is_main_process, say, warn
+from loop.distributed import on_main_process
+from loop.evaluate import EvalMetrics
+from loop.files import write_json, write_text
+from loop.memory import GIB, PROFILES, Plan
+from loop.run_folder import check_same_run, is_trained, read_run, read_status, write_status
+from loop.samples import Samples
+from loop.state import StepMetrics, TrainState, read_state
+from loop.step_file import sha256_of
+from loop.tracking import Tracker, peak_memory_gib
+from model.export import card, export, restore_export
+
+
+class Run:
+    """State, status, metrics, best model and samples. Every rank calls it; the main process writes.
+
+    As a context it records how the run ended, if an error ends it.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, plan: Plan, step_file, about: dict, accelerator: Accelerator):
+        """about: num_parameters, and the class names of the optimizers. Raises UserError if the folder holds another
+        run."""
+        self.config, self.data, self.plan, self.step_file, self.accelerator = config, data, plan, step_file, accelerator
+        self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
+        self.info = dataclasses.asdict(config) | {
+            "rows_per_step": data.rows_per_step(config),
+            "train_rows": f"{len(data.train):,} with sha256 {digest(data.train)}",
+            "val_rows": f"{len(data.val):,} with sha256 {digest(data.val)}",
+            "weights": str(PROFILES[config.memory].weights),
+            **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
+        }
+        device = accelerator.device
+        self.launch = about | {
+            "world_size": accelerator.num_processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
+        self.checkpoint, self.info["step_files"], run_id = on_main_process(self.open)
+        self.state = read_state(self.checkpoint) if self.checkpoint else TrainState(run_id)
+        self.same_optimizers = len({tuple(entry["optimizers"]) for entry in self.info["step_files"][-2:]}) == 1
+        self.bar, self.tracker = None, None
+        self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0  # trained since the last row of train metrics
+
+    def open(self) -> tuple[Path | None, list[dict], str]:
+        """The checkpoint to go on from, the step files so far, and a new id for SwanLab. Main process alone."""
+        check_same_run(self.folder, self.info)
+        restore_export(self.best)
+        checkpoint = newest_sound(self.folder / "checkpoints") if self.config.resume else None
+        start = read_state(checkpoint).step if checkpoint else 0
+        step_files = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
+        step_files = [entry for entry in step_files if entry["from_step"] < start]
+        now = {"sha256": sha256_of(self.step_file), "optimizers": self.launch["optimizers"]}
+        if step_files and {name: step_files[-1][name] for name in now} == now:
+            return checkpoint, step_files, uuid.uuid4().hex[:12]
+        source = Path(self.step_file.__file__)
+        copy = self.folder / "code" / (source.name if not start else f"{source.stem}-from-step-{start}.py")
+        if step_files:
+            was = step_files[-1]
+            say(f"another step file from step {start} on: {was['file']} -> {source.name}, see {copy.parent}")
+            if was["optimizers"] != now["optimizers"]:
+                say(f"optimizers {was['optimizers']} -> {now['optimizers']}: their state begins anew, weights go on")
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, copy)
+        return checkpoint, [*step_files, {"file": copy.name, "from_step": start, **now}], uuid.uuid4().hex[:12]
+
+    @property
+    def is_trained(self) -> bool:
+        return self.state.step >= self.config.max_steps or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self.state.patience_count
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_trained and read_status(self.folder).get("status") in ("completed", "early_stopped")
+
+    def due(self, interval: int) -> bool:
+        return self.state.step % interval == 0 or self.state.step == self.config.max_steps
+
+    def __enter__(self) -> "Run":
+        if is_main_process():
+            write_json(self.folder / "run.json", self.info)
+            (self.folder / "data").mkdir(exist_ok=True)
+            for name, text in split_files(self.data.split).items():
+                write_text(self.folder / "data" / name, text)
+        hashes = {"step_file_sha256": self.info["step_files"][-1]["sha256"]}
+        self.tracker = Tracker(
+            self.config, self.config.swanlab_mode, self.state.run_id, self.state.step, self.info | self.launch | hashes
+        )
+        self.samples = Samples(self.config, self.data, self.tracker, self.state.step)
+        self.report("running")
+        self.bar = tqdm(
+            total=self.config.max_steps,
+            initial=self.state.step,
+            unit="step",
+            disable=None if is_main_process() else True,
+        )
+        self.clock = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        self.bar.close()
+        if error is not None:
+            # After its training a run is no longer asked to stop but stopped: --resume then makes what is missing.
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else getattr(error, "status", "failed")
+            self.report(status, error=f"{kind.__name__}: {error}")
+            self.tracker.finish("aborted" if status == "interrupted" else "crashed", f"{kind.__name__}: {error}")
+
+    def report(self, status: str, **more) -> None:
+        if is_main_process():
+            write_status(
+                self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
+            )
+
+    def evaluated(self, metrics: EvalMetrics, model) -> None:
+        """Exports the model if its loss is the lowest so far, records the evaluation, and has the model answer."""
+        state, is_best = self.state, self.state.is_better(metrics.loss)
+        try:
+            if is_best:
+                self.export(metrics, model)
+            state.evaluated(metrics.loss, self.config.early_stopping_min_delta, is_best)
+        except SaveError as error:  # best_loss is always that of the model in best/
+            state.last_eval, is_best = state.step, False
+            warn(f"the best model of step {state.step} could not be written: {error}")
+        best_loss = math.nan if state.best_loss is None else state.best_loss
+        verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.best_step}"
+        say(
+            f"step {state.step}/{self.config.max_steps}  eval loss {metrics.loss:.4f} "
+            f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
+        )
+        row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
+        row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
+        self.tracker.log(row | self.samples.answer(model, self.accelerator, state.step), state.step)
+        self.clock = time.perf_counter()
+
+    def export(self, metrics: EvalMetrics, model) -> None:
+        """All ranks; raises SaveError, with the older export intact."""
+        causal_lm, error = self.accelerator.unwrap_model(model).causal_lm, None
+        weights = self.accelerator.get_state_dict(model)
+        if is_main_process():
+            figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
+            figures |= {"perplexity": metrics.perplexity, **metrics._asdict()}
+            try:
+                texts = card(self.info | figures, self.config.language, causal_lm.generation_config)
+                weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
+                export(causal_lm, weights, self.data.tokenizer, self.best, texts)
+            except Exception as failure:  # OSError, or safetensors' own
+                error = failure
+        agree(error)
+
+    def stepped(self, metrics: StepMetrics, batch, optimizers: list) -> None:
+        """Records one step. Raises Diverged if gradients stay non-finite."""
+        state, max_steps = self.state, self.config.max_steps
+        state.stepped(metrics)
+        self.seconds += time.perf_counter() - self.clock
+        self.num_tokens += batch.num_tokens
+        self.num_steps += 1
+        if not metrics.finite:
+            rows = ", ".join(batch.rows)
+            norm = f"gradient norm {metrics.grad_norm}"
+            say(f"step {state.step} skipped, nothing updated: {norm}; its rows: {rows}", file=sys.stderr)
+            state.check_divergence(max_steps)
+        if self.due(self.config.logging_steps):
+            row = {
+                **state.take_losses(),
+                **learning_rates(optimizers),
+                "train/grad_norm": metrics.grad_norm,
+                "train/epoch": batch.epoch,
+                "train/tokens_seen": state.tokens_seen,
+                "train/nonfinite_steps": state.nonfinite_steps,
+                "perf/tokens_per_s": self.num_tokens / self.seconds,
+                "perf/step_time_s": self.seconds / self.num_steps,
+                "memory/peak_gib": peak_memory_gib(self.accelerator.device),
+            }
+            self.tracker.log(row, state.step)
+            shown = {"loss": f"{row['train/loss']:.4f}", "lr": f"{row['train/learning_rate']:.3g}"}
+            shown["tokens_per_s"] = f"{row['perf/tokens_per_s']:,.0f}"
+            self.bar.set_postfix(shown)
+            if self.bar.disable:  # no terminal: a log file reads lines, not a bar
+                say(f"step {state.step}/{max_steps}  " + ", ".join(f"{name}={text}" for name, text in shown.items()))
+            self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0
+        self.bar.update()
+        self.clock = time.perf_counter()
+
+    def finish(self) -> bool:
+        """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
+        self.bar.close()
+        state, best = self.state, self.best
+        say(f"peak memory {peak_memory_gib(self.accelerator.device):.1f} GiB; predicted {self.plan.total / GIB:.1f}")
+        if self.is_trained:
+            status = "early_stopped" if self.is_stopped_early else "completed"
+            say(f"{status.replace('_', ' ')}: {state.summary(best)}")
+            if is_main_process() and best.exists():  # there is none if every evaluation was NaN
+                self.samples.answer_with_best(best, self.accelerator.device, state.best_step, state.step)
+        else:
+            status = "interrupted"
+            say(f"interrupted, with a checkpoint: {state.summary(best)}. Go on: the same command --resume")
+        self.report(status, best_step=state.best_step, best_loss=state.best_loss)
+        self.tracker.finish("success" if self.is_trained else "aborted")
+        return self.is_trained
+
+
+def learning_rates(optimizers: list) -> dict[str, float]:
+    """That of the first group, and of each group with another peak, by its `name` or number."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {"train/learning_rate": groups[0]["lr"]}
+    for index, group in enumerate(groups):
+        if group["initial_lr"] != groups[0]["initial_lr"]:
+            rates[f"train/learning_rate/{group.get('name', index)}"] = group["lr"]
+    return rates

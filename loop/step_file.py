@@ -1,0 +1,62 @@
+"""The step file: found, checked, and recorded, so that a run's folder says which code trained it."""
+
+import hashlib
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from data.errors import UserError
+from model.loss import SFTModel
+
+DEFAULT = Path(__file__).with_name("step.py")
+FUNCTIONS = ("make_optimizers", "lr_multiplier", "forward_backward", "train_step", "evaluated_weights")
+
+
+def load_step_file(path: str) -> ModuleType:
+    """The module of a step file. Raises UserError if it cannot be read or lacks one of the five functions."""
+    file = DEFAULT if path == "loop/step.py" else Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"there is no step file {path}; --step-file names a Python file such as loop/step.py")
+    spec = importlib.util.spec_from_file_location("step_file", file)
+    if spec is None:
+        raise UserError(f"--step-file {path}: a step file ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--step-file {path}, line {error.lineno}: {error.msg}") from None
+    missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
+    if missing:
+        raise UserError(f"--step-file {path} has no function {', '.join(missing)}; loop/step.py shows all five")
+    return module
+
+
+def check_groups(step_file: ModuleType, outline: torch.nn.Module, config, device: torch.device) -> list[str]:
+    """The class names of the optimizers. Raises UserError if their groups do not hold every trained parameter
+    exactly once. outline: the model on the meta device; no weight is loaded."""
+    with FakeTensorMode():  # tensors that say where they are, and hold nothing
+        model = SFTModel(outline, loss_chunk=1)
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        outline.tie_weights()
+        optimizers = step_file.make_optimizers(model, config)
+        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        held = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    file = Path(step_file.__file__).name
+    for parameter, name in names.items():
+        if held[parameter] != 1:
+            times = f"in {held[parameter]} groups" if held[parameter] else "in no group, so it would never learn"
+            raise UserError(f"make_optimizers in {file}: {name.removeprefix('causal_lm.')} is {times}")
+    if held.keys() - names.keys():
+        raise UserError(f"make_optimizers in {file}: a group holds a parameter that is not trained")
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def sha256_of(step_file: ModuleType) -> str:
+    return hashlib.sha256(Path(step_file.__file__).read_bytes()).hexdigest()
