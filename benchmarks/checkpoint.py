@@ -21,34 +21,33 @@ def main() -> None:
     from compare import LR, SHAPES, finish
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from data.batches import rank_batches
+    from data.batches import make_batch
     from data.encode import Example
+    from loop.checkpoint import CheckpointWriter
     from loop.config import TrainConfig
-    from loop.early_stopping import EarlyStopping
+    from loop.distributed import make_accelerator, prepare, to_device
     from loop.memory import PROFILES
-    from loop.optimizer import make_optimizer
-    from loop.processes import make_accelerator, to_device
-    from loop.saving import CheckpointWriter
     from loop.state import TrainState
-    from loop.step import train_step
+    from loop.step import make_optimizers, train_step
     from model.attention import PACKED
     from model.loss import SFTModel
 
-    accelerator = make_accelerator(TrainConfig())
+    settings = TrainConfig(learning_rate=LR)
+    accelerator = make_accelerator(settings)
     device = accelerator.device
     config = Qwen3Config(**SHAPES["1.7b" if device.type == "cuda" else "small"], tie_word_embeddings=True)
     with device:
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32).train()
     model = SFTModel(causal_lm, PROFILES["speed"].loss_chunk)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, LR, 0.0))
+    model, optimizers = prepare(accelerator, model, make_optimizers(model, settings))
     lengths = json.loads((HERE / "lengths.json").read_text())[:4]
     rows = [Example(torch.randint(config.vocab_size, (length,)), prompt, end, "") for prompt, end, length in lengths]
-    batches = rank_batches(rows, range(4), batch_size=1, micro_batch_tokens=16384, rank=0, world_size=1)
-    state = TrainState(EarlyStopping(0), "")
+    batch = make_batch(rows, batch_size=1, micro_batch_tokens=16384)
+    state = TrainState("")
 
     def step() -> float:
         begin = time.perf_counter()
-        train_step(model, optimizer, to_device(batches, device), accelerator, LR, 1.0)
+        train_step(model, optimizers, to_device(batch, device), accelerator, 1.0, settings)
         finish(device)
         return time.perf_counter() - begin
 
@@ -58,7 +57,7 @@ def main() -> None:
             plain = statistics.median(step() for _ in range(3))
             state.step = number
             begin = time.perf_counter()
-            writer.save(model, optimizer, state)
+            writer.save(model, optimizers, state)
             stall = time.perf_counter() - begin
             steps = [step() for _ in range(3)]
             writer.wait(is_last=True)

@@ -179,17 +179,17 @@ def train_ours(args, config, rows, device):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from data.batches import rank_batches
+    from data.batches import make_batch
     from loop.config import TrainConfig
+    from loop.distributed import make_accelerator, prepare, to_device
     from loop.memory import PROFILES
-    from loop.optimizer import make_optimizer
-    from loop.processes import make_accelerator, to_device
-    from loop.step import train_step
+    from loop.step import make_optimizers, train_step
     from model.attention import PACKED
     from model.loss import SFTModel
 
     profile = PROFILES["32g" if args.worker == "ours 32g" else "speed"]
-    accelerator = make_accelerator(TrainConfig())
+    settings = TrainConfig(learning_rate=LR)
+    accelerator = make_accelerator(settings)
     with device:
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32).train()
     if profile.gradient_checkpointing:
@@ -198,12 +198,12 @@ def train_ours(args, config, rows, device):
         for layer in causal_lm.model.layers:
             layer.compile(dynamic=True)
     model = SFTModel(causal_lm, profile.loss_chunk)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, LR, 0.0))
-    cut = dict(batch_size=1, micro_batch_tokens=profile.micro_batch_tokens, rank=0, world_size=1)
+    model, optimizers = prepare(accelerator, model, make_optimizers(model, settings))
+    packing = dict(batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
     losses, ends = [], [time.perf_counter()]
     for start in range(0, len(rows), args.rows):
-        batches = to_device(rank_batches(rows, range(start, start + args.rows), **cut), device)
-        metrics = train_step(model, optimizer, batches, accelerator, LR, 1.0)
+        batch = to_device(make_batch(rows[start : start + args.rows], **packing), device)
+        metrics = train_step(model, optimizers, batch, accelerator, 1.0, settings)
         losses.append(
             (metrics.think_loss_sum + metrics.answer_loss_sum) / (metrics.num_think_tokens + metrics.num_answer_tokens)
         )

@@ -68,15 +68,19 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, seed: int, **packing) -> Batch:
     """What a rank trains on after `step` completed steps; packing: the keywords of `rank_batches`."""
     indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
-    rows = [examples[index] for index in indices]
+    epoch = (step + 1) / steps_per_epoch(len(examples), rows_per_step)
+    return make_batch([examples[index] for index in indices], epoch=epoch, seed=seed_of(seed, step), **packing)
+
+
+def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, seed: int = 0, **packing) -> Batch:
     return Batch(
         micro_batches=rank_batches(rows, **packing),
         num_think_targets=sum(row.num_think_targets for row in rows),
         num_answer_targets=sum(row.num_answer_targets for row in rows),
         num_tokens=sum(map(len, rows)),
-        epoch=(step + 1) / steps_per_epoch(len(examples), rows_per_step),
+        epoch=epoch,
         rows=[row.location for row in rows],
-        seed=seed_of(seed, step),
+        seed=seed,
     )
 
 

@@ -6,7 +6,7 @@ from data.errors import UserError
 
 
 def adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """2 bytes of moments a parameter; updates of bf16 weights are rounded stochastically. Compiles in its first step."""
+    """2 bytes of moments a parameter; updates of bf16 weights are rounded stochastically. Its first step compiles."""
     try:
         from torchao import optim
         from torchao.optim.subclass_8bit import OptimState8bit

@@ -126,8 +126,8 @@ def plain_tensors(state):
 def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizers: list) -> None:
     """Restores weights and optimizer state in place, whatever number of processes or strategy saved them. All ranks.
 
-    With no optimizers the weights alone. Rates, decay and the like are those of the step file. Raises UserError if the checkpoint
-    is of another model, or holds what no checkpoint of a run holds.
+    Without optimizers the weights alone. Rates, decay and the like are those of the step file. Raises UserError if
+    the checkpoint is of another model, or holds what no checkpoint of a run holds.
     """
     groups = {}
     for name, parameter in extract_model_from_parallel(model).named_parameters():

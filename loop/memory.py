@@ -13,7 +13,7 @@ from loop.config import TrainConfig
 from loop.console import warn
 
 GIB = 2**30
-# Fixed costs besides the tensors: the CUDA context and what the allocator cannot use; the interpreter and its libraries.
+# Fixed costs besides the tensors: the CUDA context and what the allocator cannot use; Python and its libraries.
 OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}
 
 

@@ -57,8 +57,8 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         say(memory_table(plans, plan.name, device, available))
     else:
         say(
-            f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; compile {config.compile}; "
-            f"mixed_precision {config.mixed_precision}; step file {config.step_file}"
+            f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "
+            f"compile: {config.compile}; mixed precision: {config.mixed_precision}; step file: {config.step_file}"
         )
     return config, plan
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.dataset import Data
 from data.encode import digest
+from data.errors import UserError
 from data.rows import split_files
 from loop.checkpoint import SaveError, agree, newest_sound
 from loop.config import TrainConfig
@@ -71,6 +72,9 @@ class Run:
         now = {"sha256": sha256_of(self.step_file), "optimizers": self.launch["optimizers"]}
         if step_files and {name: step_files[-1][name] for name in now} == now:
             return checkpoint, step_files, uuid.uuid4().hex[:12]
+        if step_files and step_files[-1]["sha256"] == now["sha256"]:
+            changed = f"{step_files[-1]['optimizers']} -> {now['optimizers']}"
+            raise UserError(f"{self.folder} was trained with other optimizers: {changed}; give --memory as it was")
         source = Path(self.step_file.__file__)
         copy = self.folder / "code" / (source.name if not start else f"{source.stem}-from-step-{start}.py")
         if step_files:
@@ -88,7 +92,7 @@ class Run:
 
     @property
     def is_stopped_early(self) -> bool:
-        return 0 < self.config.early_stopping_patience <= self.state.patience_count
+        return self.state.is_out_of_patience(self.config.early_stopping_patience)
 
     @property
     def is_finished(self) -> bool:

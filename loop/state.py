@@ -86,6 +86,10 @@ class TrainState:
         if is_best:
             self.best_loss, self.best_step = loss, self.step
 
+    def is_out_of_patience(self, patience: int) -> bool:
+        """After that many evaluations in a row without a better loss; 0 is endless patience."""
+        return 0 < patience <= self.patience_count
+
     def take_losses(self) -> dict[str, float]:
         """Mean losses per target token, in nats, over the steps since the last call."""
         (think, answer), (num_think, num_answer) = self.loss_sums, self.num_targets

@@ -24,7 +24,7 @@ FAILURES_IN_A_ROW = 20
 
 
 def choose_mode(config: TrainConfig) -> str:
-    """The SwanLab mode to start in. Raises UserError if what was asked for is not possible, before anything is built."""
+    """The SwanLab mode to start in. Raises UserError if what was asked for is not possible."""
     if config.swanlab_mode in ("disabled", "offline"):
         return config.swanlab_mode
     if config.swanlab_mode == "local":

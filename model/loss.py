@@ -58,8 +58,8 @@ class SFTModel(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy in nats of a linear head: hidden (n, hidden_size), weight (vocabulary, hidden_size), ids (n,) -> (n,),
-    and (n,) whether each target is the likeliest token, if that is asked for.
+    """Cross-entropy in nats of a linear head: hidden (n, hidden_size), weight (vocabulary, hidden_size), ids (n,)
+    -> (n,), and (n,) whether each target is the likeliest token, if that is asked for.
 
     Targets go in chunks. The gradient, softmax(logits) - onehot(ids), is written over a chunk's logits, so a backward
     holds them once; autograd would hold them four times, three of these in fp32. Matrix products are in autocast's

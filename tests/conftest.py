@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from data.encode import encode_rows
-from data.medical import load_split
+from data.rows import load_split
+from loop.config import PRESETS, TrainConfig
 from model.loss import SFTModel
 from model.qwen3 import load_model, tiny_tokenizer
 
@@ -23,6 +25,21 @@ ROOT = Path(__file__).parent.parent
 # Real rows and the real tokenizer, where they lie beside the checkout; tests that use them skip without.
 REAL = ROOT.parent / "shared" / "real"
 SYSTEM = "你是一个医学专家。"
+
+
+def settings(**changes) -> TrainConfig:
+    """Of a step in a test: peak 1e-3, no warm-up."""
+    return dataclasses.replace(
+        PRESETS["tiny"], **{"learning_rate": 1e-3, "warmup_ratio": 0.0, "memory": "speed"} | changes
+    )
+
+
+def peaks(optimizers: list) -> list:
+    """Notes each group's peak, as `prepare` does."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 @pytest.fixture

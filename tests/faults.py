@@ -57,19 +57,28 @@ def after(owner, name: str, action, when=lambda *args: True) -> None:
 
 
 def in_step(step: int, action) -> None:
-    """action() at the begin of the update that follows `step` completed steps."""
+    """action() when the update after `step` completed steps begins."""
     import loop.fit
 
-    before(loop.fit, "lr_at", action, lambda at, **_: at == step)
+    before(loop.fit, "seed_step", action, lambda seed, at, rank: at == step)
 
 
 def kill_in_step(step: int) -> None:
     """Once the checkpoint before it is written."""
-    from loop.saving import CheckpointWriter
+    from loop.checkpoint import CheckpointWriter
 
     writers = []
     before(CheckpointWriter, "save", lambda: None, lambda self, *_: writers.append(self))
     in_step(step, lambda: ([writer.writing[1].exception() for writer in writers[-1:]], kill()))
+
+
+def this_run() -> list:
+    """A list that will hold the Run."""
+    from loop.run import Run
+
+    runs = []
+    before(Run, "__enter__", lambda: None, runs.append)
+    return runs
 
 
 def signal_in_step(step: int, number: int = signal.SIGTERM, only_rank: int | None = None) -> None:
@@ -81,17 +90,17 @@ def kill_at(stage: str) -> None:
     """SIGKILL the first time that a save or an export reaches a stage."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    import loop.saving
+    import loop.checkpoint
     import model.export
 
     if stage == "begin":
-        before(loop.saving.dcp, "save", kill)
+        before(loop.checkpoint.dcp, "save", kill)
     elif stage == "shards":
         after(FileSystemWriter, "write_data", kill, lambda *_: rank() == 0)
     elif stage == "second_rank":
         before(FileSystemWriter, "write_data", kill, lambda *_: rank() == 1)
     elif stage == "before_rename":
-        after(loop.saving, "write_json", kill, lambda path, _: path.name == "manifest.json")
+        after(loop.checkpoint, "write_json", kill, lambda path, _: path.name == "manifest.json")
     elif stage == "after_rename":
         after(Path, "rename", kill, lambda path, _: path.name.startswith(".tmp-step"))
     elif stage == "pruning":
@@ -103,7 +112,7 @@ def kill_at(stage: str) -> None:
 
         doomed = []
         before(
-            loop.saving.shutil,
+            loop.checkpoint.shutil,
             "rmtree",
             half_way,
             lambda path, *_: ".trash-" in str(path) and not doomed.append(path),
@@ -123,7 +132,7 @@ def at_step() -> list[int]:
     import loop.fit
 
     now = [-1]
-    before(loop.fit, "lr_at", lambda: None, lambda at, **_: now.__setitem__(0, at))
+    before(loop.fit, "seed_step", lambda: None, lambda seed, at, rank: now.__setitem__(0, at))
     return now
 
 
@@ -137,7 +146,7 @@ def record_rows(folder: str) -> None:
     now, path = at_step(), Path(folder) / f"{rank()}.jsonl"
     before(loop.fit, "evaluate", lambda: now.__setitem__(0, -1))
 
-    def forward(self, **batch):
+    def forward(self, *args, **batch):
         if batch["target_ids"].numel():
             ends = batch["cu_seqlens"].tolist()
             with path.open("a") as file:
@@ -150,36 +159,34 @@ def record_rows(folder: str) -> None:
 
 def resave(folder: str) -> None:
     """Saves what a resume has loaded, before any step is made, as another checkpoint."""
-    import loop.checkpoint as checkpoint
-    from loop.early_stopping import EarlyStopping
-    from loop.saving import CheckpointWriter
+    import loop.fit
+    from loop.checkpoint import CheckpointWriter
     from loop.state import TrainState
 
-    load = checkpoint.load_checkpoint
+    load = loop.fit.load_checkpoint
 
-    def load_and_save(source, accelerator, model, optimizer):
-        load(source, accelerator, model, optimizer)
-        state = TrainState(EarlyStopping(0), "", step=int(source.name[5:]))
+    def load_and_save(source, accelerator, model, optimizers):
+        load(source, accelerator, model, optimizers)
         writer = CheckpointWriter(Path(folder), 99, accelerator.device)
-        writer.save(model, optimizer, state)
+        writer.save(model, optimizers, TrainState("", step=int(source.name[5:])))
         writer.wait(is_last=True)
 
-    checkpoint.load_checkpoint = load_and_save
+    loop.fit.load_checkpoint = load_and_save
 
 
 def in_fp64() -> None:
     """The model and all it computes in fp64: what is left of a difference is a mistake, not rounding."""
     import transformers.models.qwen3.modeling_qwen3 as qwen3
 
-    import model.qwen3
+    import loop.fit
 
     def forward(self, hidden):
         variance = hidden.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden * (variance + self.variance_epsilon).rsqrt())
 
     qwen3.Qwen3RMSNorm.forward = forward
-    load = model.qwen3.load_model
-    model.qwen3.load_model = lambda *args, **kwargs: load(*args, **kwargs).double()
+    load = loop.fit.load_model
+    loop.fit.load_model = lambda *args, **kwargs: load(*args, **kwargs).double()
 
 
 def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
@@ -191,9 +198,11 @@ def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
     before(loop.fit, "evaluate", lambda: (now.__setitem__(0, -1), count.__setitem__(0, count[0] + 1)))
 
     def forward(self, **batch):
-        losses = original(self, **batch)
+        out = original(self, **batch)
         bad = now[0] in steps if self.training else count[0] in evaluations
-        return losses * float("nan") if bad and rank() == only_rank else losses
+        if not bad or rank() != only_rank:
+            return out
+        return out * float("nan") if self.training else (out[0] * float("nan"), out[1])
 
     original, SFTModel.forward = SFTModel.forward, forward
 
@@ -201,22 +210,22 @@ def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
 def kill_around_evaluation(step: int, moment: str) -> None:
     """SIGKILL before the evaluation after `step` steps, once its loss is known, once it is exported, once logged."""
     import loop.fit
-    from loop.early_stopping import EarlyStopping
+    from loop.run import Run
+    from loop.state import TrainState
 
-    now = [None]
-    before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+    run = this_run()
 
     def here(*_) -> bool:
-        return now[0] == step
+        return run[0].state.step == step
 
     if moment == "before":
         before(loop.fit, "evaluate", kill, here)
     elif moment == "evaluated":
         after(loop.fit, "evaluate", kill, here)
     elif moment == "exported":
-        after(EarlyStopping, "update", kill, here)
+        after(TrainState, "evaluated", kill, here)
     elif moment == "logged":
-        after(loop.fit, "keep_best", kill, here)
+        after(Run, "evaluated", kill, here)
     else:
         raise ValueError(moment)
 
@@ -227,8 +236,8 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.api import CheckpointException
 
-    import loop.fit
-    import loop.saving
+    import loop.checkpoint
+    import loop.run
     import model.export
 
     raised = {
@@ -241,9 +250,9 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     }[error]
     now = [None]
     if where == "export":
-        before(loop.fit, "keep_best", lambda: None, lambda *args: now.__setitem__(0, args[2].step))
+        before(loop.run.Run, "evaluated", lambda: None, lambda run, *_: now.__setitem__(0, run.state.step))
     else:
-        before(loop.saving, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"]))
+        before(loop.checkpoint, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"]))
 
     def fail():
         raise raised
@@ -254,7 +263,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     if where == "shards":
         before(FileSystemWriter, "write_data", fail, here)
     elif where == "manifest":
-        before(loop.saving, "write_json", fail, here)
+        before(loop.checkpoint, "write_json", fail, here)
     elif where == "export":
         before(model.export, "generation_config", fail, here)
     else:
@@ -271,37 +280,44 @@ def started_apart() -> None:
 
 def card_of(gib: float) -> None:
     """The device has so much memory."""
-    import loop.memory
+    import loop.resolve
 
-    loop.memory.memory_of = lambda device: gib * 2**30
+    loop.resolve.memory_of = lambda device: gib * 2**30
 
 
 def kill_in_loading() -> None:
-    import model.qwen3
+    import loop.fit
 
-    model.qwen3.load_model = lambda *args, **kwargs: kill()
+    loop.fit.load_model = lambda *args, **kwargs: kill()
 
 
-def average_weights() -> None:
-    """What a researcher may add to the step: an average of the weights, kept beside the optimizer's own state; and a
-    tensor of another shape, and a number."""
+def keep_state() -> None:
+    """What a researcher may add to the step: state of a parameter besides the optimizer's own; an average of the
+    weights, a tensor of another shape, and a number."""
     import torch
 
     import loop.fit
 
-    original = loop.fit.train_step
+    load = loop.fit.load_step_file
 
-    def train_step(model, optimizer, *more):
-        metrics = original(model, optimizer, *more)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                state = optimizer.state[parameter]
-                state.setdefault("average", parameter.clone()).lerp_(parameter, 0.1)
-                state.setdefault("norms", torch.zeros(2, dtype=torch.float64)).add_(0.1)
-                state["updates"] = state.get("updates", 0) + 1
-        return metrics
+    def load_step_file(path):
+        method = load(path)
+        original = method.train_step
 
-    loop.fit.train_step = train_step
+        def train_step(model, optimizers, *more):
+            metrics = original(model, optimizers, *more)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    state = optimizers[0].state[parameter]
+                    state.setdefault("average", parameter.clone()).lerp_(parameter, 0.1)
+                    state.setdefault("norms", torch.zeros(2, dtype=torch.float64)).add_(0.1)
+                    state["updates"] = state.get("updates", 0) + 1
+            return metrics
+
+        method.train_step = train_step
+        return method
+
+    loop.fit.load_step_file = load_step_file
 
 
 def interrupt_in_last_answers() -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.models.qwen3.modeling_qwen3",
-     "train", "loop.fit", "loop.saving", "loop.samples", "loop.report", "loop.processes", "model.qwen3", "faults",
+     "train", "loop.fit", "loop.step", "tools.report", "model.qwen3", "faults",
      "swanlab", "peft", "torchao.optim"]
 )  # fmt: skip
 
@@ -87,11 +87,11 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
     import faults
     import torch
 
-    import loop.report
+    import tools.report
     import train
 
     torch.set_num_threads(1)
-    loop.report.draw = lambda *_: None  # a fifth of such a run; test_report.py looks at the curves
+    tools.report.draw = lambda *_: None  # a fifth of such a run; test_report.py looks at the curves
     if strategy == "fsdp2":
         faults.fsdp2_on_cpu()
     if fault:

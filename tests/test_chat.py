@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model.chat import main, parse, sampling
 from model.export import card, system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
+from tools.chat import main, parse, sampling
 
 THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
 
@@ -53,7 +53,7 @@ def best(tmp_path_factory):
 
 
 def chat(*args, stdin: str | None = None, check=True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "model.chat", *map(str, args)]
+    command = [sys.executable, "-m", "tools.chat", *map(str, args)]
     given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **given)
     if check:
@@ -170,7 +170,7 @@ class Terminal:
         self.main, side = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
         environment.pop("NO_COLOR", None)
-        command = [sys.executable, "-m", "model.chat", *map(str, args)]
+        command = [sys.executable, "-m", "tools.chat", *map(str, args)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True
         )
@@ -242,7 +242,7 @@ def test_mistakes_are_told_in_one_line(best, tmp_path, monkeypatch, capsys):
         (broken, "--question", "?"): "cannot load",
         (best, "--question", "长" * 3000): "the model takes 1024",
     }.items():
-        monkeypatch.setattr(sys, "argv", ["model.chat", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["tools.chat", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             main()
         told = capsys.readouterr().err + str(end.value)
@@ -250,7 +250,7 @@ def test_mistakes_are_told_in_one_line(best, tmp_path, monkeypatch, capsys):
 
 
 def test_whoever_reads_may_leave(best):
-    command = f"{sys.executable} -m model.chat {best} --question 第1个问题？ --json | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m tools.chat {best} --question 第1个问题？ --json | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -301,7 +301,7 @@ def free_port() -> int:
 
 
 def test_history_as_a_browser_and_as_a_client_send_it():
-    from model.web import spoken
+    from tools.web import spoken
 
     def blocks(text):
         return [{"type": "text", "text": text}]
@@ -329,7 +329,7 @@ def page(best):
     if chromium is None:
         pytest.skip("no Chromium")
     port = free_port()
-    command = [sys.executable, "-m", "model.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
+    command = [sys.executable, "-m", "tools.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
     proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # leads nowhere
     server = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **proxy}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

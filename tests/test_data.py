@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from data.batches import collate, rank_batches, step_batch, step_indices, steps_per_epoch
 from data.encode import encode_rows
-from data.medical import Row, load_split, to_format, to_messages, write_split
-from data.source import DataError
+from data.errors import UserError
+from data.rows import Row, load_split, split_files, to_format, to_messages
 
 USER = {"role": "user", "content": "头痛怎么办？"}
 THOUGHT = {"role": "assistant", "content": "多休息。", "reasoning_content": "先排除危险信号。"}
@@ -89,9 +89,9 @@ def test_truncation_keeps_the_answer_and_the_end(split, any_tokenizer, limit):
     actions = Counter(problem["action"] for problem in problems)
     assert too_long == len(problems) > 0
     assert len(examples) == len(whole) - actions["dropped"]
-    by_place = {example.where: example for example in whole}
+    by_place = {example.location: example for example in whole}
     for example in examples:
-        before = by_place[example.where]
+        before = by_place[example.location]
         assert len(example) <= limit
         answer = example.input_ids[example.answer_start :].tolist()
         assert answer == before.input_ids[before.answer_start :].tolist()
@@ -104,7 +104,7 @@ def test_overlong_drop_and_error(split, tokenizer):
     examples, problems = encode_rows(split.train, tokenizer, 240, "drop")
     assert len(examples) + len(problems) == len(split.train)
     assert all(len(example) <= 240 for example in examples)
-    with pytest.raises(DataError, match=r"rows are too long.*sample.jsonl:\d+ has \d+ tokens.*--max-length"):
+    with pytest.raises(UserError, match=r"rows are too long.*sample.jsonl:\d+ has \d+ tokens.*--max-length"):
         encode_rows(split.train, tokenizer, 240, "error")
 
 
@@ -118,15 +118,14 @@ def test_split_is_the_original_one(jsonl):
     assert [row.columns for row in split.val] == rows[cut:]
 
 
-def test_split_files_are_always_written_anew(jsonl, tmp_path):
-    folder = tmp_path / "data"
+def test_split_files_are_those_of_the_source(jsonl):
     for answer in ("旧", "新"):
         rows = [{**good_row(index), "answer": answer, "extra": index} for index in range(20)]
         split = load_split(str(jsonl(rows)), SYSTEM, 0.1, 42)
-        write_split(split, folder)
-    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        files = split_files(split)
+    lines = [json.loads(line) for line in files["train.jsonl"].splitlines()]
     assert [line["answer"] for line in lines] == ["新"] * 18 and {"extra", "think"} <= lines[0].keys()
-    line = json.loads((folder / "val_format.jsonl").read_text().splitlines()[0])
+    line = json.loads(files["val_format.jsonl"].splitlines()[0])
     val = split.val[0].columns
     assert line == {
         "instruction": SYSTEM,
@@ -165,9 +164,9 @@ def test_a_bad_row_is_named_and_skipped(jsonl, reason):
 
 def test_too_many_bad_rows_stop_the_run(jsonl):
     path = jsonl([good_row(index) for index in range(8)] + [{"question": "问"}])
-    with pytest.raises(DataError, match=r"1 of 9 rows are unusable.*rows.jsonl:9 has no `think`"):
+    with pytest.raises(UserError, match=r"1 of 9 rows are unusable.*rows.jsonl:9 has no `think`"):
         load_split(str(path), SYSTEM, 0.2, 42)
-    with pytest.raises(DataError, match="nothing left to train on"):
+    with pytest.raises(UserError, match="nothing left to train on"):
         load_split(str(jsonl([good_row(1)])), SYSTEM, 0.5, 42)
 
 
@@ -234,18 +233,19 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(examples, world_size):
             )
             targets = sum(len(m["target_ids"]) for share in shares for m in share.micro_batches)
             rows = shares[0].rows
-            by_place = {example.where: example for example in examples}
+            by_place = {example.location: example for example in examples}
             assert targets == sum(len(by_place[row]) - by_place[row].prompt_length for row in rows)
             seen += rows
-        assert Counter(seen) == Counter(example.where for example in examples)
+        assert Counter(seen) == Counter(example.location for example in examples)
         assert shares[0].epoch == epoch + 1
         orders.append(seen)
     assert orders[0] != orders[1] and steps_per_epoch(54, 8) == 7
 
 
 def test_a_micro_batch_has_no_padding(examples):
-    (batch,) = rank_batches(examples, [3, 5], batch_size=2, micro_batch_tokens=0, rank=0, world_size=1)
+    (batch,) = rank_batches([examples[3], examples[5]], batch_size=2)
     first, second = examples[3], examples[5]
+    batch, is_think = batch
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, len(first) + len(second))
     assert batch["cu_seqlens"].tolist() == [0, len(first), len(first) + len(second)]
     assert batch["max_seqlen"] == max(len(first), len(second))
@@ -254,5 +254,5 @@ def test_a_micro_batch_has_no_padding(examples):
     assert next_ids.tolist() == batch["target_ids"].tolist()
     expected = [i for e in (first, second) for i in e.input_ids[e.prompt_length :].tolist()]
     assert batch["target_ids"].tolist() == expected
-    assert batch["is_think"].sum() == sum(e.answer_start - e.prompt_length for e in (first, second))
-    assert collate([first])["target_positions"].min() == first.prompt_length - 1
+    assert is_think.sum() == sum(e.answer_start - e.prompt_length for e in (first, second))
+    assert collate([first]).inputs["target_positions"].min() == first.prompt_length - 1

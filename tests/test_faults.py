@@ -58,7 +58,7 @@ def test_kills_around_every_evaluation_change_neither_best_nor_patience_nor_stop
     more = ["--learning-rate", "0.3", "--early-stopping-patience", "3", "--eval-steps", "1", "--max-steps", "40"]
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert run(command("one", *more, "--output-dir", straight), log=tmp_path / "log").codes == [0]
-    stopping, last = trainer_of(newest(straight))["early_stopping"], status_of(straight)["step"]
+    stopping, last = trainer_of(newest(straight)), status_of(straight)["step"]
     assert status_of(straight)["status"] == "early_stopped" and stopping["patience_count"] == 3
     assert stopping["best_step"] == last - 3 < int(checkpoints(straight / "checkpoints")[-1].name[5:])
     args = command("one", *more, "--output-dir", out, "--resume")
@@ -161,7 +161,7 @@ def test_a_failed_write_is_said_and_training_goes_on(command, strategy, error, r
     assert all(verify(path) is None for path in checkpoints(out / "checkpoints"))
     if where == "export":
         assert "warning: the best model of step 4 could not be written" in outcome.output
-        assert kept == [8, 7, 6, 5, 4, 3, 2, 1] and trainer_of(newest(out))["early_stopping"]["best_step"] > 4
+        assert kept == [8, 7, 6, 5, 4, 3, 2, 1] and trainer_of(newest(out))["best_step"] > 4
     else:
         assert "warning: no checkpoint at step 4, training goes on" in outcome.output
         assert f"(rank {rank})" in outcome.output and kept == [8, 7, 6, 3, 2, 1]

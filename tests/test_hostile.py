@@ -25,13 +25,13 @@ from runs import files_of, newest, weights_and_moments
 
 import train
 from data.encode import encode_rows
-from data.hub import HubError
-from data.medical import load_split, write_split
-from data.source import DataError
+from data.errors import UserError
+from data.rows import load_split, split_files
 from loop.checkpoint import fingerprints
 from loop.command_line import parse_config
 from loop.config import TrainConfig
-from loop.run_folder import RunError, claim, write_json
+from loop.files import write_json, write_text
+from loop.run_folder import claim
 from model.export import export
 from model.qwen3 import load_model
 
@@ -83,7 +83,7 @@ def test_any_row_is_trained_on_or_listed(count, tokenizer, tmp_path):
         path.write_bytes(b"\n".join([*good[:position], line, *good[position:]]) + b"\n")
         try:
             split = load_split(str(path), SYSTEM, val_fraction=0.2, seed=1)
-        except DataError as error:  # a line that falls apart into several bad ones
+        except UserError as error:  # a line that falls apart into several bad ones
             assert "rows are unusable" in str(error)
             return
         assert len(split.train) + len(split.val) + len(split.report["problems"]) == split.report["rows"] >= 19
@@ -92,7 +92,9 @@ def test_any_row_is_trained_on_or_listed(count, tokenizer, tmp_path):
                 ids = example.input_ids.tolist()
                 assert ids[-1] == end and ids.count(end) == ids.count(starts) and len(ids) <= 128
                 assert 0 < example.prompt_length <= example.answer_start < len(ids)
-        write_split(split, folder)
+        folder.mkdir(exist_ok=True)
+        for name, text in split_files(split).items():
+            write_text(folder / name, text)
         assert sorted(path.name for path in folder.iterdir()) == [
             "data_report.json", "train.jsonl", "train_format.jsonl", "val.jsonl", "val_format.jsonl",
         ]  # fmt: skip
@@ -135,7 +137,7 @@ def test_any_configuration_file_is_taken_or_refused(count, tmp_path, monkeypatch
     file = tmp_path / "settings.yaml"
 
     def unreachable(*_):
-        raise HubError("ModelScope is out of reach")
+        raise UserError("ModelScope is out of reach")
 
     monkeypatch.setattr("data.source.download", unreachable)
     monkeypatch.setattr("model.qwen3.download", unreachable)
@@ -153,7 +155,7 @@ def test_any_configuration_file_is_taken_or_refused(count, tmp_path, monkeypatch
                 train.main(["tiny", "--config", str(file), "--dry-run"])
                 folder = tmp_path / "runs" / config.output_dir.lstrip("/")
                 if ".." not in config.output_dir:
-                    with contextlib.suppress(RunError):
+                    with contextlib.suppress(UserError):
                         claim(folder, resume=False).close()
                 outcomes["taken"] += 1
             except SystemExit as exit:

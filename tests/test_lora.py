@@ -4,17 +4,18 @@ import json
 
 import pytest
 import torch
+from conftest import peaks, settings
 from ranks import run
 from runs import assert_same_end, curve, files_of, metrics_of
 from safetensors.torch import load_file
 
-from data.batches import collate
+from data.batches import make_batch
 from loop.config import TrainConfig
 from loop.memory import PROFILES, predict
 from loop.step import train_step
 from model.export import export
 from model.lora import add_lora, merged
-from model.qwen3 import load_model, outline
+from model.qwen3 import load_model, meta_model
 
 LORA = ["tiny", "--lora-rank", "4", "--max-steps", "8", "--eval-steps", "4", "--sample-max-new-tokens", "8"]
 
@@ -25,9 +26,9 @@ def trained(make_model, examples, accelerator):
     model = make_model()
     base = {name: weight.clone() for name, weight in model.causal_lm.state_dict().items()}
     add_lora(model.causal_lm, 4, "tiny")
-    optimizer = accelerator.prepare(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    optimizers = peaks([torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)])
     for _ in range(4):
-        train_step(model, optimizer, [collate(examples[:3])], accelerator, lr=1e-2, max_grad_norm=1.0)
+        train_step(model, optimizers, make_batch(examples[:3], batch_size=3), accelerator, 1.0, settings())
     return model, base
 
 
@@ -96,7 +97,7 @@ def test_the_rank_is_part_of_what_the_run_is(tmp_path):
 
 def test_memory_is_predicted_for_what_is_trained(tokenizer):
     """Gradients and moments of the updates alone; nothing for the gradient of the head."""
-    plain, lora = outline("tiny", tokenizer), outline("tiny", tokenizer)
+    plain, lora = meta_model("tiny", tokenizer), meta_model("tiny", tokenizer)
     add_lora(lora, 4, "tiny")
     needs = [predict(PROFILES["32g"], m, 100, True, torch.device("cpu"), 1) for m in (plain, lora)]
     num_trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)

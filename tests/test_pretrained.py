@@ -27,7 +27,7 @@ def test_a_pretrained_model_learns_to_think_answer_and_stop(train_py, jsonl, tmp
     assert sum(sample["reference"] in sample["answer"] for sample in best) >= 4
     assert sum(sample["reference"].split()[-1].strip(".") in sample["think"] for sample in best) >= 4
 
-    command = [sys.executable, "-m", "model.chat", str(tmp_path / "run/best"), "--temperature", "0", "--json"]
+    command = [sys.executable, "-m", "tools.chat", str(tmp_path / "run/best"), "--temperature", "0", "--json"]
     command += ["--question", "What is the capital of Mongolia?"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     reply = json.loads(done.stdout)

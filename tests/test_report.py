@@ -11,10 +11,10 @@ from conftest import ROOT
 from ranks import run
 from runs import metrics_of
 
-from loop.compare import main as compare
-from loop.compare import overlap
-from loop.report import judge, quote, write_report
-from loop.run_folder import RunError
+from data.errors import UserError
+from tools.compare_models import main as compare
+from tools.compare_models import overlap
+from tools.report import judge, quote, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -69,7 +69,7 @@ def test_the_figures_of_the_report_are_those_of_the_record(overfitted):
 def test_both_languages_say_the_same(overfitted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
-    module("loop.report", run, "--language", "zh")
+    module("tools.report", run, "--language", "zh")
     zh = (run / "report.md").read_text()
     assert "已早停" in zh and "**是。**" in zh and "早停" in zh
     figures = [[line.split("|")[3:6] for line in text.splitlines() if " % | " in line and line.startswith("| ")]
@@ -87,7 +87,7 @@ def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
     (run / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
     samples = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text("".join(samples[:6]))
-    module("loop.report", run)
+    module("tools.report", run)
     text = (run / "report.md").read_text()
     step = json.loads(lines[3])["step"]
     assert f"its process is gone, --resume goes on at step {step} of" in text
@@ -114,14 +114,14 @@ def test_without_samples_and_without_training_there_is_still_a_report(overfitted
 
 def test_what_is_no_run_is_told(overfitted, tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(RunError, match="is no folder of a run"):
+        with pytest.raises(UserError, match="is no folder of a run"):
             write_report(folder)
-    refusal = module("loop.report", tmp_path, check=False)
+    refusal = module("tools.report", tmp_path, check=False)
     assert refusal.returncode == 1 and "is no folder of a run" in refusal.stderr
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(RunError, match="no finished evaluation yet"):
+    with pytest.raises(UserError, match="no finished evaluation yet"):
         write_report(run)
 
 
@@ -167,8 +167,8 @@ def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path
     models = [tmp_path / "base/best", overfitted / "best"]
     val = overfitted / "data/val.jsonl"
     options = ["--dataset", val, "--num-rows", "4", "--max-new-tokens", "8", "--out", tmp_path / "out"]
-    done = module("loop.compare", *models, *options)
-    monkeypatch.setattr(sys, "argv", ["loop.compare", *map(str, [*models, *options])])
+    done = module("tools.compare_models", *models, *options)
+    monkeypatch.setattr(sys, "argv", ["tools.compare_models", *map(str, [*models, *options])])
     with pytest.raises(SystemExit, match="holds a comparison already"):
         compare()
     report = json.loads((tmp_path / "out/compare.json").read_text())
@@ -191,7 +191,7 @@ def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl, m
         (best, best, "--dataset", tmp_path / "none.jsonl"): "none.jsonl",
         (best, best, "--dataset", jsonl([{"question": "?"}])): "rows.jsonl:1 has no `think`",
     }.items():
-        monkeypatch.setattr(sys, "argv", ["loop.compare", *map(str, arguments), "--out", str(tmp_path / "out")])
-        with pytest.raises(SystemExit, match="^loop.compare: .*" + message):
+        monkeypatch.setattr(sys, "argv", ["tools.compare_models", *map(str, arguments), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="^tools.compare_models: .*" + message):
             compare()
     assert not (tmp_path / "out").exists()

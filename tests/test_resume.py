@@ -25,7 +25,7 @@ def with_dropout(tmp_path_factory):
     """A tiny model folder whose attention drops: generators matter then."""
     import torch
 
-    from data.medical import load_split
+    from data.rows import load_split
     from model.export import export
     from model.qwen3 import load_model, tiny_tokenizer
 
@@ -90,11 +90,11 @@ def test_what_a_step_keeps_for_a_parameter_survives(strategy, command, tmp_path)
     """An average of the weights and more in optimizer.state, of which no optimizer knows."""
     args = [*command[strategy], "--max-steps", "5", "--resume", "--output-dir"]
     for name, fault in (("whole", ""), ("run", "kill_in_step(3)"), ("run", "")):
-        fault = f"(average_weights(), {fault})" if fault else "average_weights()"
+        fault = f"(keep_state(), {fault})" if fault else "keep_state()"
         outcome = run([*args, tmp_path / name], strategy, fault, tmp_path / "log")
         assert -9 in outcome.codes if "kill" in fault else set(outcome.codes) == {0}, outcome.output
     assert_same_end(tmp_path / "run", tmp_path / "whole")
-    states = weights_and_moments(newest(tmp_path / "run"))["optimizer"]["state"].values()
+    states = weights_and_moments(newest(tmp_path / "run"))["optimizer"].values()
     assert states and all(state["updates"] == 5 and state["norms"].sum() == 1 for state in states)
 
 

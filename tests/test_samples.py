@@ -5,20 +5,22 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import peaks, settings
 from ranks import run
 from runs import metrics_of
 from torch.nn.functional import cross_entropy
 
-from data.batches import collate
+from data.batches import collate, make_batch
+from data.dataset import Data
 from data.encode import encode_rows
-from data.medical import Row, to_messages
+from data.rows import Row, to_messages
 from loop.config import TrainConfig
 from loop.evaluate import evaluate
-from loop.report import read_lines
-from loop.samples import Samples, format_rates, prompts
+from loop.samples import Samples, prompts
 from loop.step import train_step
 from loop.tracking import Tracker, keep_rows
-from model.generate import Reply, has_block, ready_to_generate, reply_to, split_reply
+from model.generate import Reply, format_rates, has_block, ready_to_generate, reply_to, split_reply
+from tools.report import read_lines
 
 
 def plain_logits(causal_lm, example):
@@ -44,11 +46,11 @@ def test_accuracy_is_the_share_of_likeliest_tokens(examples, make_model, acceler
 
 def test_accuracy_of_a_model_that_knows_the_row(examples, make_model, accelerator):
     model = make_model()
-    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
-    batch = [collate(examples[:1])]
+    optimizers = peaks([torch.optim.AdamW(model.parameters(), lr=3e-3)])
+    batch = make_batch(examples[:1], batch_size=1)
     for _ in range(60):
-        train_step(model, optimizer, batch, accelerator, lr=3e-3, max_grad_norm=1.0)
-    metrics = evaluate(model, batch, accelerator)
+        train_step(model, optimizers, batch, accelerator, 1.0, settings())
+    metrics = evaluate(model, batch.micro_batches, accelerator)
     assert metrics.think_accuracy > 0.95 and metrics.answer_accuracy > 0.95
 
 
@@ -69,20 +71,20 @@ def test_weighted_parts_scale_the_gradient_and_not_the_report(examples, make_mod
     (total / sum(len(example) - example.prompt_length for example in rows)).backward()
 
     model, gradients = make_model(), {}
-    model.part_weights = weights
 
     class Keep(torch.optim.SGD):
         def step(self, closure=None):
             gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    batches = [collate(rows[:2]), collate(rows[2:])]
-    optimizer = accelerator.prepare(Keep(model.parameters(), lr=0.0))
-    weighted = train_step(model, optimizer, batches, accelerator, lr=0.0, max_grad_norm=1e9)
+    batch = make_batch(rows, batch_size=2)
+    config = settings(think_weight=weights[0], answer_weight=weights[1], max_grad_norm=1e9)
+    optimizers = peaks([Keep(model.parameters(), lr=0.0)])
+    weighted = train_step(model, optimizers, batch, accelerator, 1.0, config)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
     plain = make_model()
-    optimizer = accelerator.prepare(torch.optim.SGD(plain.parameters(), lr=0.0))
-    assert train_step(plain, optimizer, batches, accelerator, lr=0.0, max_grad_norm=1e9)[:4] == weighted[:4]
+    optimizers = peaks([torch.optim.SGD(plain.parameters(), lr=0.0)])
+    assert train_step(plain, optimizers, batch, accelerator, 1.0, settings(max_grad_norm=1e9))[:4] == weighted[:4]
 
 
 def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, make_model):
@@ -125,8 +127,8 @@ def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
 
 def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, capsys):
     config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
-    tracker = Tracker(config, "disabled", "id", 0, True, {})
-    samples = Samples(config, split.val, examples, tokenizer, tracker, 0, True)
+    tracker = Tracker(config, "disabled", "id", 0, {})
+    samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, 0)
     samples.path = tmp_path / "no folder" / "samples.jsonl"
     samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])
     assert "warning" in capsys.readouterr().err

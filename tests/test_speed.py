@@ -2,30 +2,21 @@
 
 import itertools
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import settings
 from runs import weights_and_moments
 from torch._dynamo.utils import counters
 
-from data.batches import cut, rank_batches, share_out
-from loop.early_stopping import EarlyStopping
-from loop.optimizer import make_optimizer
-from loop.saving import CheckpointWriter
+from data.batches import pack, rank_batches, share_out
+from loop.checkpoint import CheckpointWriter
+from loop.distributed import prepare
 from loop.state import TrainState
+from loop.step import make_optimizers
 from model.loss import HeadLoss
-
-ROOT = Path(__file__).parent.parent
-
-
-def test_the_files_to_read_stay_short():
-    """step.py fits on a screen, fit.py on a page."""
-    assert len((ROOT / "loop/step.py").read_text().splitlines()) <= 65
-    assert len((ROOT / "loop/fit.py").read_text().splitlines()) <= 150
-
 
 # --- the cut of a step --------------------------------------------------------------------------------
 
@@ -35,7 +26,7 @@ def test_ranks_get_all_rows_once_and_near_equal_tokens(examples, ranks):
     for start in range(0, 96, 12):
         rows = examples[start : start + 12]
         shares = share_out(rows, ranks)
-        assert sorted(row.where for share in shares for row in share) == sorted(row.where for row in rows)
+        assert sorted(row.location for share in shares for row in share) == sorted(row.location for row in rows)
         assert {len(share) for share in shares} == {12 // ranks}
         tokens = [sum(map(len, share)) for share in shares]
         assert max(tokens) - min(tokens) <= max(map(len, rows)) / 2
@@ -44,21 +35,20 @@ def test_ranks_get_all_rows_once_and_near_equal_tokens(examples, ranks):
 @pytest.mark.parametrize("budget", [1, 300, 700, 100_000])
 def test_micro_batches_are_as_few_as_their_tokens_allow(examples, budget):
     rows = examples[:12]
-    batches = cut(rows, 1, budget)
-    assert sorted(row.where for batch in batches for row in batch) == sorted(row.where for row in rows)
+    batches = pack(rows, 1, budget)
+    assert sorted(row.location for batch in batches for row in batch) == sorted(row.location for row in rows)
     assert all(sum(map(len, batch)) <= budget or len(batch) == 1 for batch in batches)
     for one, other in itertools.pairwise(batches):  # no two could be one
         assert sum(map(len, one)) + sum(map(len, other)) > budget
-    assert [len(batch) for batch in cut(rows, 5, 0)] == [5, 5, 2]
+    assert [len(batch) for batch in pack(rows, 5, 0)] == [5, 5, 2]
 
 
 def test_every_rank_makes_as_many_micro_batches_as_the_others(examples):
     shares = [
-        rank_batches(examples, range(7), batch_size=1, micro_batch_tokens=400, rank=rank, world_size=3)
-        for rank in range(3)
+        rank_batches(examples[:7], batch_size=1, micro_batch_tokens=400, rank=rank, world_size=3) for rank in range(3)
     ]
     assert len({len(share) for share in shares}) == 1
-    targets = sum(len(batch["target_ids"]) for share in shares for batch in share)
+    targets = sum(len(batch.is_think) for share in shares for batch in share)
     assert targets == sum(len(row) - row.prompt_length for row in examples[:7])
 
 
@@ -84,11 +74,11 @@ def test_the_head_in_chunks_is_cross_entropy(dtype, tolerance, chunk):
 
 
 def test_chunks_change_neither_loss_nor_gradients(make_model, examples):
-    (batch,) = rank_batches(examples, range(4), batch_size=4, micro_batch_tokens=0, rank=0, world_size=1)
+    (batch,) = rank_batches(examples[:4], batch_size=4)
     results = []
     for chunk in (10**6, 100, 33):
         model = make_model(loss_chunk=chunk)
-        loss = model(**batch)
+        loss = model(**batch.inputs)
         results.append((loss, torch.autograd.grad(loss.sum(), list(model.parameters()))))
     for loss, gradients in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
@@ -111,8 +101,8 @@ def test_compiled_layers_compute_the_same_in_one_graph(make_model, examples, che
     assert list(compiled.state_dict()) == list(plain.state_dict())
     # Below 1,024 tokens: beyond that inductor makes other code for sums on a CPU, and so a second graph.
     for rows in ([0], [1, 2], [3, 4, 5], [6]):
-        (batch,) = rank_batches(examples, rows, batch_size=9, micro_batch_tokens=0, rank=0, world_size=1)
-        ours, theirs = compiled(**batch), plain(**batch)
+        (batch,) = rank_batches([examples[row] for row in rows], batch_size=9)
+        ours, theirs = compiled(**batch.inputs), plain(**batch.inputs)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
         gradients = [torch.autograd.grad(loss.sum(), list(m.parameters()))
                      for loss, m in ((ours, compiled), (theirs, plain))]  # fmt: skip
@@ -125,30 +115,31 @@ def test_compiled_layers_compute_the_same_in_one_graph(make_model, examples, che
 
 def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples, tmp_path, monkeypatch):
     """The write is held back; the training goes on meanwhile, and the next save waits for it."""
-    import loop.saving
+    import loop.checkpoint
 
     accelerator = Accelerator()
     model = make_model()
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, 1e-2, 0.0))
-    batches = rank_batches(examples, range(2), batch_size=2, micro_batch_tokens=0, rank=0, world_size=1)
+    model, optimizers = prepare(accelerator, model, make_optimizers(model, settings(learning_rate=1e-2)))
+    optimizer = optimizers[0]
+    batches = rank_batches(examples[:2], batch_size=2)
 
     def update() -> None:
-        model(**batches[0]).sum().backward()
+        model(**batches[0].inputs).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     update()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    release, write = threading.Event(), loop.saving.write_checkpoint
-    monkeypatch.setattr(loop.saving, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
+    release, write = threading.Event(), loop.checkpoint.write_checkpoint
+    monkeypatch.setattr(loop.checkpoint, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
     with CheckpointWriter(tmp_path / "checkpoints", 2, torch.device("cpu")) as writer:
-        state = TrainState(EarlyStopping(0), "id", step=1)
-        writer.save(model, optimizer, state)
+        state = TrainState("id", step=1)
+        writer.save(model, optimizers, state)
         assert not (tmp_path / "checkpoints").exists()
         update()
         state.step = 2
-        asked = threading.Thread(target=writer.save, args=(model, optimizer, state))
+        asked = threading.Thread(target=writer.save, args=(model, optimizers, state))
         asked.start()
         asked.join(0.3)
         assert asked.is_alive()  # for the first is not written yet
@@ -158,7 +149,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples,
     first, second = (weights_and_moments(tmp_path / f"checkpoints/step-0000000{step}") for step in (1, 2))
     for name, weight in before.items():
         assert torch.equal(first["model"][name], weight)
-    saved = [value for state in first["optimizer"]["state"].values() for value in state.values()]
+    saved = [value for state in first["optimizer"].values() for value in state.values()]
     assert len(saved) == len(moments)
     assert sum(value.double().sum() for value in saved) == sum(value.double().sum() for value in moments)
     name = "causal_lm.model.norm.weight"

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import peaks, settings
 
-from data.batches import rank_batches, step_batch
+from data.batches import collate, make_batch, rank_batches, step_batch
 from data.encode import encode_rows
 from loop.evaluate import evaluate
-from loop.optimizer import lr_at, make_optimizer
-from loop.step import train_step
+from loop.step import lr_multiplier, make_optimizers, train_step
 
 
 class KeepGradients(torch.optim.Optimizer):
@@ -24,13 +24,11 @@ class KeepGradients(torch.optim.Optimizer):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients_of(model, examples, batch_size, max_grad_norm=math.inf, world_size=1):
+def gradients_of(model, examples, batch_size, max_grad_norm=0):
     accelerator = Accelerator()
     optimizer = KeepGradients(model.parameters())
-    batches = rank_batches(
-        examples, range(len(examples)), batch_size=batch_size, micro_batch_tokens=0, rank=0, world_size=1
-    )
-    metrics = train_step(model, optimizer, batches, accelerator, lr=0.0, max_grad_norm=max_grad_norm)
+    batch = make_batch(examples, batch_size=batch_size)
+    metrics = train_step(model, peaks([optimizer]), batch, accelerator, 1.0, settings(max_grad_norm=max_grad_norm))
     return optimizer.gradients, metrics
 
 
@@ -70,14 +68,12 @@ def test_gradient_is_that_of_a_plain_full_batch(make_model, examples, dtype, tol
 
 def test_a_rank_without_rows_adds_nothing(make_model, examples):
     """Three rows on two ranks: the second rank's last micro-batch is empty; together they are the whole gradient."""
-    shares = [
-        rank_batches(examples, range(3), batch_size=1, micro_batch_tokens=0, rank=rank, world_size=2)
-        for rank in range(2)
-    ]
+    shares = [rank_batches(examples[:3], batch_size=1, rank=rank, world_size=2) for rank in range(2)]
     assert [len(share) for share in shares] == [2, 2]
     expected, _ = gradients_of(make_model(dtype=torch.float64), examples[:3], 1)
     optimizer = KeepGradients((model := make_model(dtype=torch.float64)).parameters())
-    train_step(model, optimizer, shares[0] + shares[1], Accelerator(), 0.0, math.inf)
+    batch = make_batch(examples[:3], batch_size=1)._replace(micro_batches=shares[0] + shares[1])
+    train_step(model, peaks([optimizer]), batch, Accelerator(), 1.0, settings(max_grad_norm=0))
     for gradient, reference in zip(optimizer.gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-14)
 
@@ -93,36 +89,33 @@ def test_clipping_sees_the_whole_gradient(make_model, examples):
 
 def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, examples):
     model, accelerator = make_model(), Accelerator()
-    optimizer = make_optimizer(model, 1e-3, 0.0)
-    batches = rank_batches(examples, range(4), batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)
-    assert train_step(model, optimizer, batches, accelerator, 1e-3, 1.0).finite
+    (optimizer,) = optimizers = peaks(make_optimizers(model, settings()))
+    batch = make_batch(examples[:4], batch_size=1)
+    assert train_step(model, optimizers, batch, accelerator, 1.0, settings()).finite
     before = [p.clone() for p in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     for bad in (math.nan, math.inf):
         handle = model.causal_lm.model.norm.weight.register_hook(lambda gradient, bad=bad: gradient * bad)
-        metrics = train_step(model, optimizer, batches, accelerator, 1e-3, 1.0)
+        metrics = train_step(model, optimizers, batch, accelerator, 1.0, settings())
         handle.remove()
         assert not metrics.finite
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         after = [value for state in optimizer.state.values() for value in state.values()]
         assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
-    assert train_step(model, optimizer, batches, accelerator, 1e-3, 1.0).finite
+    assert train_step(model, optimizers, batch, accelerator, 1.0, settings()).finite
 
 
 def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, examples, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    settings = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.0}
+    config = settings(lr_scheduler_type="linear", weight_decay=0.1)
     rows = [examples[i] for s in range(10) for i in order_of_step(examples, s)]
 
     ours, model, accelerator = [], make_model(), Accelerator()
-    optimizer = make_optimizer(model, 1e-3, weight_decay=0.1)
+    optimizers = peaks(make_optimizers(model, config))
     for step in range(10):
-        batch = step_batch(
-            step, examples, batch_size=1, micro_batch_tokens=0, rows_per_step=4, seed=3, rank=0, world_size=1
-        )
-        lr = lr_at(step, max_steps=10, **settings)
-        metrics = train_step(model, optimizer, batch.micro_batches, accelerator, lr, max_grad_norm=1.0)
+        batch = step_batch(step, examples, batch_size=1, rows_per_step=4, seed=3)
+        metrics = train_step(model, optimizers, batch, accelerator, lr_multiplier(step, 10, config), config)
         num_tokens = metrics.num_think_tokens + metrics.num_answer_tokens
         ours.append((metrics.think_loss_sum + metrics.answer_loss_sum) / num_tokens)
 
@@ -156,7 +149,7 @@ def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, examp
     )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    expected = "AdamW is compared here: with another optimizer in loop/optimizer.py this test fails, and it alone"
+    expected = "AdamW is compared here: with another method in loop/step.py this test fails"
     assert len(theirs) == 10 and ours[0] - ours[-1] > 0.4, expected
     assert ours == pytest.approx(theirs, abs=1e-4), expected
 
@@ -177,8 +170,8 @@ def test_learning_rates_are_those_of_transformers(theirs, ours, warmup_steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
     scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup_steps, num_training_steps=20)
     for step in range(20):
-        lr = lr_at(step, max_steps=20, learning_rate=2e-4, lr_scheduler_type=ours, warmup_ratio=warmup_steps / 20)
-        assert lr == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        config = settings(lr_scheduler_type=ours, warmup_ratio=warmup_steps / 20)
+        assert 2e-4 * lr_multiplier(step, 20, config) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()
         scheduler.step()
 
@@ -186,21 +179,20 @@ def test_learning_rates_are_those_of_transformers(theirs, ours, warmup_steps):
 def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
     """Loss of each row and all gradients, packed and apart, to the bit of fp64 rounding."""
     model, rows = make_model(dtype=torch.float64), examples[:3]
-    apart = [rank_batches([row], [0], batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)[0] for row in rows]
-    (packed,) = rank_batches(rows, range(3), batch_size=3, micro_batch_tokens=0, rank=0, world_size=1)
-    losses = torch.stack([model(**batch) for batch in apart])
-    together = model(**packed)
+
+    def sums(rows) -> torch.Tensor:
+        inputs, is_think = collate(rows)
+        losses = model(**inputs)
+        return torch.stack([losses[is_think].sum(), losses[~is_think].sum()])
+
+    losses = torch.stack([sums([row]) for row in rows])
+    together = sums(rows)
     torch.testing.assert_close(together, losses.sum(dim=0), rtol=1e-12, atol=0)
     wanted = torch.autograd.grad(losses.sum(), list(model.parameters()))
     found = torch.autograd.grad(together.sum(), list(model.parameters()))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     # Another first row changes nothing for the rows behind it.
-    (other,) = rank_batches(
-        [examples[7], *rows[1:]], range(3), batch_size=3, micro_batch_tokens=0, rank=0, world_size=1
-    )
-    behind = model(**other) - model(
-        **rank_batches([examples[7]], [0], batch_size=1, micro_batch_tokens=0, rank=0, world_size=1)[0]
-    )
+    behind = sums([examples[7], *rows[1:]]) - sums([examples[7]])
     torch.testing.assert_close(behind, losses[1] + losses[2], rtol=1e-12, atol=0)
 
 
@@ -210,7 +202,7 @@ def test_evaluation_does_not_depend_on_its_batch_size(make_model, split, tokeniz
     results = [
         evaluate(
             model,
-            rank_batches(examples, range(12), batch_size=size, micro_batch_tokens=0, rank=0, world_size=1),
+            rank_batches(examples[:12], batch_size=size),
             Accelerator(),
         )
         for size in (1, 5, 12)
@@ -223,8 +215,8 @@ def test_evaluation_does_not_depend_on_its_batch_size(make_model, split, tokeniz
     assert model.training
 
 
-def test_each_parameter_is_in_one_group_and_norms_do_not_decay(make_model):
+def test_norms_do_not_decay_and_matrices_do(make_model):
     model = make_model()
-    decayed, plain = (group["params"] for group in make_optimizer(model, 1e-3, 0.1).param_groups)
-    norms = {id(p) for name, p in model.named_parameters() if "norm" in name}
-    assert {id(p) for p in plain} == norms and len(decayed) + len(plain) == len(list(model.parameters()))
+    decay = {p: group["weight_decay"] for o in make_optimizers(model, settings(weight_decay=0.1)) for group in
+             o.param_groups for p in group["params"]}  # fmt: skip
+    assert decay == {p: 0.0 if "norm" in name else 0.1 for name, p in model.named_parameters()}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from loop.early_stopping import EarlyStopping
+from loop.state import TrainState
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,13 @@ from loop.early_stopping import EarlyStopping
     ],
 )
 def test_stops_after_patience_evaluations_without_progress(patience, min_delta, losses, stops_at, best):
-    stopping, stopped = EarlyStopping(patience, min_delta), None
-    for step, loss in enumerate(losses, start=1):
-        is_best = stopping.update(loss, step)
-        assert is_best == (stopping.best_step == step)
-        if stopping.should_stop:
-            stopped = step
+    state, stopped = TrainState(""), None
+    for state.step, loss in enumerate(losses, start=1):
+        is_best = state.is_better(loss)
+        state.evaluated(loss, min_delta, is_best)
+        assert is_best == (state.best_step == state.step) and state.last_eval == state.step
+        if state.is_out_of_patience(patience):
+            stopped = state.step
             break
     assert stopped == stops_at
-    assert (stopping.best_loss, stopping.best_step) == best
+    assert (state.best_loss, state.best_step) == best
