@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     num_tokens: int  # all positions of the global batch, prompts too
     epoch: float  # passes over the rows completed after this step
     rows: list[str]  # where the rows of the global batch stand
+    step: int  # completed before this one
     seed: int  # of (seed, step), the same on every rank
 
     @property
@@ -69,10 +70,11 @@ def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, se
     """What a rank trains on after `step` completed steps; packing: the keywords of `rank_batches`."""
     indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
     epoch = (step + 1) / steps_per_epoch(len(examples), rows_per_step)
-    return make_batch([examples[index] for index in indices], epoch=epoch, seed=seed_of(seed, step), **packing)
+    rows = [examples[index] for index in indices]
+    return make_batch(rows, epoch=epoch, step=step, seed=seed_of(seed, step), **packing)
 
 
-def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, seed: int = 0, **packing) -> Batch:
+def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, step: int = 0, seed: int = 0, **packing) -> Batch:
     return Batch(
         micro_batches=rank_batches(rows, **packing),
         num_think_targets=sum(row.num_think_targets for row in rows),
@@ -80,6 +82,7 @@ def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, seed: int = 0, **
         num_tokens=sum(map(len, rows)),
         epoch=epoch,
         rows=[row.location for row in rows],
+        step=step,
         seed=seed,
     )
 

@@ -1,0 +1,102 @@
+"""EMA: an exponential average of the weights is evaluated, answers the samples, and is exported as best/.
+
+Paper: Polyak and Juditsky 1992; the warm-up of the decay, min(DECAY, (1 + n) / (10 + n)), is that of TensorFlow's
+ExponentialMovingAverage. Cost: 4 bytes a parameter, and one pass over the weights in each step.
+Changed: train_step, evaluated_weights. Checkpoints hold the average in optimizer.state.
+"""
+
+import math
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from loop.adamw_8bit import adamw_8bit
+from loop.state import StepMetrics
+
+DECAY = 0.999
+
+
+def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
+    """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
+    ]
+    if config.memory in ("24g", "16g"):
+        return [adamw_8bit(groups, lr=config.learning_rate)]
+    return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
+
+
+def lr_multiplier(step, max_steps, config) -> float:
+    """Share of each group's peak in the update after `step` steps; the values of transformers' `get_scheduler`."""
+    warmup_steps = math.ceil(max_steps * config.warmup_ratio)
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
+
+
+def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
+    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
+
+    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
+    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
+    """
+    loss_sums = []
+    for index, (inputs, is_think) in enumerate(batch.micro_batches):
+        is_last = index == len(batch.micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            losses = model(**inputs)  # (n,) cross-entropy of each target
+            weights = is_think * config.think_weight + ~is_think * config.answer_weight
+            loss = (losses * weights).sum() / batch.num_targets
+            # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
+            accelerator.backward(loss * accelerator.num_processes)
+        losses = losses.detach()
+        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]))
+    return torch.stack(loss_sums)
+
+
+def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
+    """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
+    loss_sums = forward_backward(model, batch, accelerator, config)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # all ranks
+    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), grad_norm)  # the one wait for the device
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        if metrics.finite:
+            optimizer.step()
+            update_average(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+@torch.no_grad()
+def update_average(optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            n = state["updates"] = state.get("updates", 0) + 1
+            average = state.setdefault("average", parameter.detach().clone())
+            average.lerp_(parameter, 1 - min(DECAY, (1 + n) / (10 + n)))
+
+
+@contextmanager
+def evaluated_weights(model, optimizers):
+    """Within it the model has the averages as its weights; before the first update, its own."""
+    pairs = [(p, state["average"]) for o in optimizers for p, state in o.state.items() if "average" in state]
+    swap(pairs)
+    try:
+        yield
+    finally:
+        swap(pairs)
+
+
+@torch.no_grad()
+def swap(pairs) -> None:
+    for parameter, average in pairs:
+        weight = parameter.clone()
+        parameter.copy_(average)
+        average.copy_(weight)

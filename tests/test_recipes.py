@@ -1,0 +1,214 @@
+"""Step files: what is refused, what is recorded, and each recipe killed and resumed under every strategy."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import ROOT, good_row, peaks, settings
+from ranks import run
+from runs import assert_same_end, metrics_of, newest, weights_and_moments
+from safetensors.torch import load_file
+
+from data.batches import make_batch
+from loop.step_file import load_step_file
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+STEP = ROOT / "loop/step.py"
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
+    args = ["tiny", "--dataset", rows, "--max-steps", "20", "--val-fraction", "0.3", "--eval-steps", "10"]
+    args += ["--save-steps", "4", "--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0"]
+    args += ["--num-samples", "0", "--warmup-ratio", "0"]
+
+    def arguments(strategy: str, *more) -> list:
+        return [*args, "--gradient-accumulation-steps", 4 if strategy == "one" else 2, *more]
+
+    return arguments
+
+
+@pytest.mark.parametrize("strategy", ["one", "ddp2", "fsdp2"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, command, tmp_path):
+    args = command(strategy, "--step-file", ROOT / f"recipes/{recipe}.py", "--output-dir")
+    for name, fault in (("whole", ""), ("run", "kill_in_step(9)"), ("run", "")):
+        outcome = run([*args, tmp_path / name, "--resume"], strategy, fault, tmp_path / "log")
+        assert -9 in outcome.codes if fault else set(outcome.codes) == {0}, outcome.output
+    assert "resumed from" in outcome.output
+    for name in ("whole", "run"):
+        (tmp_path / name / "samples.jsonl").touch()
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    losses = [row["eval/loss"] for row in metrics_of(tmp_path / "run") if "eval/loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+    if recipe == "noise":  # the same numbers on any number of ranks
+        one = run([*command("one", *args[len(command(strategy)):]), tmp_path / "one"], "one", "", tmp_path / "log")
+        assert one.codes == [0]
+        first = [row for row in metrics_of(tmp_path / "one") if "eval/loss" in row]
+        assert first[1]["eval/loss"] == pytest.approx(losses[1], abs=1e-4)
+
+
+def steps(recipe, model, examples, accelerator, number=4, **changes):
+    """(module, optimizers) of a recipe after some steps."""
+    method = load_step_file(str(ROOT / f"recipes/{recipe}.py"))
+    config = settings(**changes)
+    optimizers = peaks(method.make_optimizers(model, config))
+    for step in range(number):
+        batch = make_batch(examples[step * 2 : step * 2 + 2], batch_size=1, step=step, seed=step)
+        assert method.train_step(model, optimizers, batch, accelerator, 1.0, config).finite
+    return method, optimizers
+
+
+def test_layerwise_rates_act(make_model, examples, accelerator):
+    """In AdamW's first step each element moves by its rate."""
+    model = make_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    steps("layerwise_lr", model, examples, accelerator, number=1)
+    for name, parameter in model.named_parameters():
+        depth = int(name.split("layers.")[1][0]) + 1 if "layers." in name else 0 if "embed" in name else 5
+        moved = (parameter - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 * 0.9 ** (5 - depth), rel=0.02), name
+
+
+def test_muon_trains_the_matrices_at_its_own_rate(make_model, examples, accelerator):
+    """Muon's update is near orthogonal: its root mean square is that of the scaling, whatever the gradient."""
+    model = make_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    _, (adamw, muon) = steps("muon", model, examples, accelerator, number=1)
+    held = {p for group in muon.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "layers." in name
+        assert (parameter in held) == is_matrix
+        if is_matrix:
+            update = (parameter - before[name]).double() / 1e-3
+            assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), name
+
+
+def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples, accelerator):
+    """Against the two passes written with autograd alone."""
+    expected = make_model()
+    (inputs, _), *_ = batch = make_batch(examples[:2], batch_size=2).micro_batches
+    parameters = list(expected.parameters())
+    first = torch.autograd.grad(expected(**inputs).mean(), parameters)
+    norm = torch.cat([gradient.flatten() for gradient in first]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, first, strict=True):
+            parameter += 0.05 * gradient / norm
+    second = torch.autograd.grad(expected(**inputs).mean(), parameters)
+    assert len(batch) == 1
+
+    model, found = make_model(), []
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            found.extend(parameter.grad.clone() for parameter in model.parameters())
+
+    method = load_step_file(str(ROOT / "recipes/sam.py"))
+    optimizers = peaks([Keep(model.parameters(), lr=0.0)])
+    whole = make_batch(examples[:2], batch_size=2)
+    method.train_step(model, optimizers, whole, accelerator, 1.0, settings(max_grad_norm=0))
+    for ours, theirs, old in zip(found, second, first, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(ours, old, rtol=1e-3, atol=1e-6)
+    for parameter, weight in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, weight)
+
+
+def test_the_average_is_evaluated_and_is_that_of_the_weights(make_model, examples, accelerator):
+    model = make_model()
+    method = load_step_file(str(ROOT / "recipes/ema.py"))
+    optimizers = peaks(method.make_optimizers(model, settings()))
+    with method.evaluated_weights(model, optimizers):  # nothing is averaged yet
+        pass
+    average = None
+    for n in range(1, 6):
+        batch = make_batch(examples[n : n + 1], batch_size=1)
+        method.train_step(model, optimizers, batch, accelerator, 1.0, settings())
+        weight = model.causal_lm.lm_head.weight.detach().double()
+        decay = min(0.999, (1 + n) / (10 + n))
+        average = weight.clone() if average is None else decay * average + (1 - decay) * weight
+    kept = model.causal_lm.lm_head.weight.detach().clone()
+    with pytest.raises(KeyError), method.evaluated_weights(model, optimizers):
+        torch.testing.assert_close(model.causal_lm.lm_head.weight.double(), average, rtol=1e-5, atol=1e-7)
+        raise KeyError  # the weights come back after an error too
+    assert torch.equal(model.causal_lm.lm_head.weight, kept) and not torch.allclose(kept.double(), average)
+
+
+def test_the_average_is_exported(command, tmp_path):
+    args = command("one", "--step-file", ROOT / "recipes/ema.py", "--output-dir", tmp_path / "run")
+    assert run(args, log=tmp_path / "log").codes == [0]
+    state = weights_and_moments(newest(tmp_path / "run"))["optimizer"]["causal_lm.model.norm.weight"]
+    exported = load_file(tmp_path / "run/best/model.safetensors")["model.norm.weight"]
+    assert torch.equal(exported, state["average"].bfloat16()) and state["updates"] == 20
+
+
+def edited(tmp_path, name: str, *edits):
+    text = STEP.read_text(encoding="utf-8")
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BAD = {
+    "no_file.py": ([], "there is no step file"),
+    "lacks.py": ([("def lr_multiplier(", "def another(")], "has no function lr_multiplier"),
+    "syntax.py": ([("def lr_multiplier(", "def (")], "syntax.py, line"),
+    "forgets.py": ([("if p.ndim < 2]", "if p.ndim < 1]")], "norm.weight is in no group"),
+    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "embed_tokens.weight is in 2 groups"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_step_file_is_refused_before_a_weight_is_loaded(name, command, tmp_path):
+    edits, message = BAD[name]
+    path = edited(tmp_path, name, *edits) if edits else tmp_path / name
+    args = command("one", "--step-file", path, "--output-dir", tmp_path / "run")
+    outcome = run(args, "one", "kill_in_loading()", tmp_path / "log")
+    assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
+    assert message in outcome.output and name in outcome.output
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_a_run_says_which_code_trained_it_and_where_that_changed(command, tmp_path):
+    """AdamW for 5 steps, another rate for the embeddings for 3, then Muon."""
+    out = tmp_path / "run"
+    group = '{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},'
+    own_rate = '{"params": [model.causal_lm.model.embed_tokens.weight], "lr": 0.1 * config.learning_rate},\n'
+    rest = "[p for p in parameters if p.ndim >= 2 and p is not model.causal_lm.model.embed_tokens.weight]"
+    slow = edited(tmp_path, "slow.py", (group, own_rate + f'{{"params": {rest}, "name": "layers"}},'))
+    args = command("one", "--output-dir", out, "--resume")
+    assert run(args, "one", "signal_in_step(4)", tmp_path / "log").codes == [0]
+    second = run([*args, "--step-file", slow], "one", "signal_in_step(7)", tmp_path / "log")
+    assert second.codes == [0] and "another step file from step 5 on: step.py -> slow.py" in second.output
+    third = run([*args, "--step-file", ROOT / "recipes/muon.py"], log=tmp_path / "log")
+    assert third.codes == [0] and "their state begins anew" in third.output
+    entries = json.loads((out / "run.json").read_text())["step_files"]
+    assert [(entry["from_step"], entry["optimizers"]) for entry in entries] == [
+        (0, ["AdamW"]), (5, ["AdamW"]), (8, ["AdamW", "Muon"]),
+    ]  # fmt: skip
+    assert (out / "code/step.py").read_bytes() == STEP.read_bytes()
+    for entry in entries:
+        assert hashlib.sha256((out / "code" / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert all(entry["sha256"][:12] in report for entry in entries) and "从第 8 步起" in report
+    rows = {row["step"]: row for row in metrics_of(out) if "train/loss" in row}
+    assert rows[7]["train/learning_rate"] == pytest.approx(0.1 * rows[7]["train/learning_rate/layers"])
+
+
+def test_ranks_that_drift_apart_are_noticed(command, tmp_path):
+    """Noise from each rank's own generator: DDP's weights are no longer one model."""
+    noise = "    for optimizer in optimizers:\n        for group"
+    own = "    for p in model.parameters():\n        p.grad += 1e-3 * torch.randn_like(p)\n"
+    path = edited(tmp_path, "drift.py", (noise, own + noise))
+    args = command("ddp2", "--step-file", path, "--output-dir", tmp_path / "run")
+    outcome = run(args, "ddp2", "", tmp_path / "log")
+    assert set(outcome.codes) == {2} and "Traceback" not in outcome.output, outcome.output
+    assert "drifted apart" in outcome.output and "batch.seed" in outcome.output
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
