@@ -22,7 +22,7 @@ from accelerate.utils import (
     set_seed,
 )
 from accelerate.utils.operations import recursively_apply
-from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 
 from data.batches import seed_of
 from data.errors import UserError
@@ -82,6 +82,14 @@ def prepare(accelerator: Accelerator, model, optimizers: list) -> tuple[torch.nn
     if accelerator.is_fsdp2:
         register_fsdp_forward_method(model, "generate")
     return model, optimizers
+
+
+def reshard(model) -> None:
+    """FSDP2 leaves some weights gathered after a forward without a backward; what changes the shards then, as an
+    average that is swapped in, would not act on the next forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -8,7 +8,7 @@ from data.dataset import load_data
 from loop.checkpoint import CheckpointWriter, check_ranks_agree, load_checkpoint
 from loop.config import TrainConfig
 from loop.console import say
-from loop.distributed import end_processes, make_accelerator, prepare, seed_step, to_device
+from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
 from loop.evaluate import evaluate
 from loop.interrupt import Interrupt
 from loop.memory import PROFILES
@@ -61,6 +61,7 @@ def fit(config: TrainConfig) -> bool:
                     check_ranks_agree(model, root)
                     with method.evaluated_weights(model, optimizers):
                         run.evaluated(evaluate(model, eval_batches, accelerator), model)
+                    reshard(model)
 
                 # --- checkpoint, stop ---
                 stop = run.is_trained or (state.step > start and interrupt.requested())

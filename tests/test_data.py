@@ -157,7 +157,7 @@ def test_a_bad_row_is_named_and_skipped(jsonl, reason):
     path = jsonl([good_row(index) for index in range(14)] + [BAD_ROWS[reason]] + [good_row(20)])
     split = load_split(str(path), SYSTEM, 0.2, 42)
     (problem,) = split.report["problems"]
-    assert problem["where"] == "rows.jsonl:15" and problem["action"] == "skipped"
+    assert problem["location"] == "rows.jsonl:15" and problem["action"] == "skipped"
     assert re.search(reason, problem["problem"])
     assert len(split.train) + len(split.val) == 15
 
@@ -231,7 +231,7 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(examples, world_size):
             assert shares[0].num_tokens == sum(
                 len(examples[i]) for i in step_indices(step, num_examples=54, rows_per_step=8, seed=1)
             )
-            targets = sum(len(m["target_ids"]) for share in shares for m in share.micro_batches)
+            targets = sum(len(m.is_think) for share in shares for m in share.micro_batches)
             rows = shares[0].rows
             by_place = {example.location: example for example in examples}
             assert targets == sum(len(by_place[row]) - by_place[row].prompt_length for row in rows)
