@@ -103,7 +103,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         if is_main_process():
-            write_json(self.folder / "run.json", self.info)
+            # As the run began; what a later launch may change stays out of it.
+            begun = read_run(self.folder) if is_trained(self.folder) else self.info
+            write_json(self.folder / "run.json", begun | {"step_files": self.info["step_files"]})
             (self.folder / "data").mkdir(exist_ok=True)
             for name, text in split_files(self.data.split).items():
                 write_text(self.folder / "data" / name, text)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.errors import UserError
+from data.errors import UserError, one_line
 from model.loss import SFTModel
 
 DEFAULT = Path(__file__).with_name("step.py")
@@ -38,6 +38,7 @@ def load_step_file(path: str) -> ModuleType:
 def check_groups(step_file: ModuleType, outline: torch.nn.Module, config, device: torch.device) -> list[str]:
     """The class names of the optimizers. Raises UserError if their groups do not hold every trained parameter
     exactly once. outline: the model on the meta device; no weight is loaded."""
+    file = Path(step_file.__file__).name
     with FakeTensorMode():  # tensors that say where they are, and hold nothing
         model = SFTModel(outline, loss_chunk=1)
         for module in model.modules():
@@ -45,10 +46,12 @@ def check_groups(step_file: ModuleType, outline: torch.nn.Module, config, device
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
         outline.tie_weights()
-        optimizers = step_file.make_optimizers(model, config)
+        try:
+            optimizers = step_file.make_optimizers(model, config)
+        except ValueError as error:  # torch.optim's own, of a parameter in two of its groups, say
+            raise UserError(f"make_optimizers in {file}: {one_line(error)}") from error
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         held = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    file = Path(step_file.__file__).name
     for parameter, name in names.items():
         if held[parameter] != 1:
             times = f"in {held[parameter]} groups" if held[parameter] else "in no group, so it would never learn"

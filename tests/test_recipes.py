@@ -45,7 +45,7 @@ def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, c
     losses = [row["eval/loss"] for row in metrics_of(tmp_path / "run") if "eval/loss" in row]
     assert losses[-1] < losses[0] - 0.3
     if recipe == "noise":  # the same numbers on any number of ranks
-        one = run([*command("one", *args[len(command(strategy)):]), tmp_path / "one"], "one", "", tmp_path / "log")
+        one = run([*command("one", *args[len(command(strategy)) :]), tmp_path / "one"], "one", "", tmp_path / "log")
         assert one.codes == [0]
         first = [row for row in metrics_of(tmp_path / "one") if "eval/loss" in row]
         assert first[1]["eval/loss"] == pytest.approx(losses[1], abs=1e-4)
@@ -77,19 +77,19 @@ def test_muon_trains_the_matrices_at_its_own_rate(make_model, examples, accelera
     """Muon's update is near orthogonal: its root mean square is that of the scaling, whatever the gradient."""
     model = make_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    _, (adamw, muon) = steps("muon", model, examples, accelerator, number=1)
+    _, (_, muon) = steps("muon", model, examples, accelerator, number=1)
     held = {p for group in muon.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "layers." in name
         assert (parameter in held) == is_matrix
         if is_matrix:
             update = (parameter - before[name]).double() / 1e-3
-            assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), name
+            assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3), name
 
 
 def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples, accelerator):
     """Against the two passes written with autograd alone."""
-    expected = make_model()
+    expected = make_model(dtype=torch.float64)
     (inputs, _), *_ = batch = make_batch(examples[:2], batch_size=2).micro_batches
     parameters = list(expected.parameters())
     first = torch.autograd.grad(expected(**inputs).mean(), parameters)
@@ -100,7 +100,7 @@ def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples,
     second = torch.autograd.grad(expected(**inputs).mean(), parameters)
     assert len(batch) == 1
 
-    model, found = make_model(), []
+    model, found = make_model(dtype=torch.float64), []
     before = [parameter.detach().clone() for parameter in model.parameters()]
 
     class Keep(torch.optim.SGD):
@@ -112,8 +112,8 @@ def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples,
     whole = make_batch(examples[:2], batch_size=2)
     method.train_step(model, optimizers, whole, accelerator, 1.0, settings(max_grad_norm=0))
     for ours, theirs, old in zip(found, second, first, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-        assert not torch.allclose(ours, old, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(ours, old, rtol=1e-4, atol=1e-6)
     for parameter, weight in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, weight)
 
@@ -161,7 +161,8 @@ BAD = {
     "lacks.py": ([("def lr_multiplier(", "def another(")], "has no function lr_multiplier"),
     "syntax.py": ([("def lr_multiplier(", "def (")], "syntax.py, line"),
     "forgets.py": ([("if p.ndim < 2]", "if p.ndim < 1]")], "norm.weight is in no group"),
-    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "embed_tokens.weight is in 2 groups"),
+    "two.py": ([("fused=True)]", "fused=True), torch.optim.SGD(parameters)]")], "embed_tokens.weight is in 2 groups"),
+    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "some parameters appear in more than one parameter group"),
 }
 
 
