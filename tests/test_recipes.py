@@ -84,7 +84,7 @@ def test_muon_trains_the_matrices_at_its_own_rate(make_model, examples, accelera
         assert (parameter in held) == is_matrix
         if is_matrix:
             update = (parameter - before[name]).double() / 1e-3
-            assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3), name
+            assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.5), name  # AdamW: 1
 
 
 def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples, accelerator):
