@@ -297,7 +297,7 @@ def test_a_member_of_an_enum_is_all_that_getattr_may_name():
 
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
-    from loop.checkpoint import MetadataUnpickler
+    from loop.safe_pickle import MetadataUnpickler
 
     class Attribute:
         def __init__(self, *of):
