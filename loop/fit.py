@@ -4,7 +4,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from data.dataset import load_data
+from data.dataset import Data, load_data
 from loop.checkpoint import CheckpointWriter, check_ranks_agree, load_checkpoint
 from loop.config import TrainConfig
 from loop.console import say
@@ -28,13 +28,11 @@ def fit(config: TrainConfig) -> bool:
     disable_progress_bar()  # of loading and saving weights
     method = load_step_file(config.step_file)
     accelerator = make_accelerator(config)
-    with accelerator.local_main_process_first():  # a download happens once
-        data = load_data(config, lambda texts: load_tokenizer(config.model, texts, weights=not config.dry_run),
-                         accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    device = accelerator.device
+    data = read_data(config, accelerator)
     outline = make_outline(config, data.tokenizer)
     config, plan = resolve(config, data, outline, accelerator)
-    about = {"num_parameters": outline.num_parameters()}
-    about["optimizers"] = check_groups(method, outline, config, accelerator.device)
+    about = {"num_parameters": outline.num_parameters(), "optimizers": check_groups(method, outline, config, device)}
     if config.dry_run:
         return False
     run = Run(config, data, plan, method, about, accelerator)
@@ -46,15 +44,12 @@ def fit(config: TrainConfig) -> bool:
     model = build_model(config, data.tokenizer, accelerator)
     model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
     if run.checkpoint:
-        load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.same_optimizers else [])
+        load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(f"resumed from {run.checkpoint}")
     start, root = state.step, run.folder / "checkpoints"
     eval_batches = data.eval_batches(config)
     with run:
-        with (
-            Interrupt(run.folder) as interrupt,
-            CheckpointWriter(root, config.save_total_limit, accelerator.device) as checkpoints,
-        ):
+        with Interrupt(run.folder) as interrupt, CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
             while True:
                 # --- evaluate: before the first step, every eval_steps, after the last one ---
                 if run.due(config.eval_steps) and state.last_eval != state.step:
@@ -73,7 +68,7 @@ def fit(config: TrainConfig) -> bool:
 
                 # --- one optimizer step; its randomness is a function of (seed, step, rank) ---
                 seed_step(config.seed, state.step, accelerator.process_index)
-                batch = to_device(data.batch(state.step, config), accelerator.device)
+                batch = to_device(data.batch(state.step, config), device)
                 multiplier = method.lr_multiplier(state.step, config.max_steps, config)
                 metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
                 run.stepped(metrics, batch, optimizers)
@@ -85,6 +80,16 @@ def fit(config: TrainConfig) -> bool:
         is_over = run.finish()
     end_processes(accelerator)
     return is_over
+
+
+def read_data(config: TrainConfig, accelerator: Accelerator) -> Data:
+    with accelerator.local_main_process_first():  # a download happens once
+        return load_data(
+            config,
+            lambda texts: load_tokenizer(config.model, texts, weights=not config.dry_run),
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
 
 
 def make_outline(config: TrainConfig, tokenizer):

@@ -57,7 +57,6 @@ class Run:
         }
         self.checkpoint, self.info["step_files"], run_id = on_main_process(self.open)
         self.state = read_state(self.checkpoint) if self.checkpoint else TrainState(run_id)
-        self.same_optimizers = len({tuple(entry["optimizers"]) for entry in self.info["step_files"][-2:]}) == 1
         self.bar, self.tracker = None, None
         self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0  # trained since the last row of train metrics
 
@@ -85,6 +84,12 @@ class Run:
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
         return checkpoint, [*step_files, {"file": copy.name, "from_step": start, **now}], uuid.uuid4().hex[:12]
+
+    @property
+    def has_same_optimizers(self) -> bool:
+        """Whether the checkpoint's optimizer state is that of the optimizers of now."""
+        *_, before, now = [self.info["step_files"][0], *self.info["step_files"]]
+        return now["from_step"] < self.state.step or before["optimizers"] == now["optimizers"]
 
     @property
     def is_trained(self) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -188,8 +189,16 @@ def test_a_run_says_which_code_trained_it_and_where_that_changed(command, tmp_pa
     assert run(args, "one", "signal_in_step(4)", tmp_path / "log").codes == [0]
     second = run([*args, "--step-file", slow], "one", "signal_in_step(7)", tmp_path / "log")
     assert second.codes == [0] and "another step file from step 5 on: step.py -> slow.py" in second.output
-    third = run([*args, "--step-file", ROOT / "recipes/muon.py"], log=tmp_path / "log")
+    shutil.copytree(out, tmp_path / "whole")
+    muon = ["--step-file", ROOT / "recipes/muon.py"]
+    third = run([*args, *muon], "one", "signal_in_step(11)", tmp_path / "log")
     assert third.codes == [0] and "their state begins anew" in third.output
+    assert run([*args, *muon], log=tmp_path / "log").codes == [0]
+    whole = [*command("one"), *muon, "--output-dir", tmp_path / "whole", "--resume"]
+    assert run(whole, log=tmp_path / "log").codes == [0]
+    for name in ("whole", "run"):
+        (tmp_path / name / "samples.jsonl").touch()
+    assert_same_end(out, tmp_path / "whole")
     entries = json.loads((out / "run.json").read_text())["step_files"]
     assert [(entry["from_step"], entry["optimizers"]) for entry in entries] == [
         (0, ["AdamW"]), (5, ["AdamW"]), (8, ["AdamW", "Muon"]),
