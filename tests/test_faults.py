@@ -232,7 +232,7 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_it_taken(whole, damage,
         left = files_of(root / good.name)
         assert newest_sound(root) == root / "step-00000007", name
         assert files_of(root / f".bad-{good.name}") == left
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert f"{good.name} is damaged" in said and f".bad-{good.name}" in said
         assert newest_sound(root) == root / "step-00000007"
 

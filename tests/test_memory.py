@@ -152,4 +152,4 @@ def test_small_cards_learn_the_same_and_resume_to_the_bit(command, memory, tmp_p
     dtype = torch.bfloat16 if memory == "16g" else torch.float32
     assert weights_and_moments(newest(tmp_path / "run"))["model"]["causal_lm.model.norm.weight"].dtype == dtype
     refusal = run([*args, "--memory", "32g"], log=tmp_path / "log")
-    assert refusal.codes == [2] and "optimizers" in refusal.output
+    assert refusal.codes == [2] and ("weights: " if memory == "16g" else "other optimizers") in refusal.output
