@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import settings
-from runs import weights_and_moments
+from runs import assert_same, weights_and_moments
 from torch._dynamo.utils import counters
 
 from data.batches import pack, rank_batches, share_out
@@ -130,7 +130,8 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples,
 
     update()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {names[p]: {key: value.clone() for key, value in kept.items()} for p, kept in optimizer.state.items()}
     release, write = threading.Event(), loop.checkpoint.write_checkpoint
     monkeypatch.setattr(loop.checkpoint, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
     with CheckpointWriter(tmp_path / "checkpoints", 2, torch.device("cpu")) as writer:
@@ -149,9 +150,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples,
     first, second = (weights_and_moments(tmp_path / f"checkpoints/step-0000000{step}") for step in (1, 2))
     for name, weight in before.items():
         assert torch.equal(first["model"][name], weight)
-    saved = [value for state in first["optimizer"].values() for value in state.values()]
-    assert len(saved) == len(moments)
-    assert sum(value.double().sum() for value in saved) == sum(value.double().sum() for value in moments)
+    assert_same(first["optimizer"], moments)
     name = "causal_lm.model.norm.weight"
     assert torch.equal(second["model"][name], model.state_dict()[name]) and not torch.equal(
         second["model"][name], first["model"][name]
