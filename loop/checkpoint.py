@@ -148,7 +148,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizers: l
                     place = place.setdefault(part, {})
                 place[item] = room_for(entry, groups[name][0], groups[name][2])
         dcp.load(target, storage_reader=reader, planner=SafePlanner(), no_dist=accelerator.num_processes == 1)
-    except (StopIteration, *IO_ERRORS) as error:
+    except IO_ERRORS as error:
         while isinstance(error, CheckpointException):  # it wraps those of all ranks
             error, _ = next(iter(error.failures.values()))
         why = f"{type(error).__name__}: {one_line(error)}"
