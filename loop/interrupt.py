@@ -19,12 +19,13 @@ REPEAT_SECONDS = 5  # a launcher may deliver one Ctrl+C twice
 class Interrupt:
     """While entered, a signal only sets a flag; the loop asks for it after each step.
 
-    A second signal, some seconds after the first, ends the process at once.
+    The same signal again, some seconds after the first, ends the process at once. Another one does not: after a
+    Ctrl+C the launcher dies, at its own pace, and a SIGTERM follows.
     """
 
     def __init__(self, output_dir: Path):
         self.stop_file = output_dir / "STOP"
-        self.signalled_at: float | None = None
+        self.signalled_at: dict[int, float] = {}
         # On CPUs: asking must not wait for the device.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
 
@@ -38,18 +39,16 @@ class Interrupt:
 
     def handle(self, number, frame) -> None:
         now = time.monotonic()
-        if self.signalled_at is None:
-            self.signalled_at = now
-            message = b"\nstopping after this step, with a checkpoint; a second signal quits at once\n"
-            if is_main_process():
-                os.write(sys.stderr.fileno(), message)
-        elif now - self.signalled_at > REPEAT_SECONDS:
+        if not self.signalled_at and is_main_process():
+            message = b"\nstopping after this step, with a checkpoint; the same signal again quits at once\n"
+            os.write(sys.stderr.fileno(), message)
+        if now - self.signalled_at.setdefault(number, now) > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. All ranks."""
-        here = self.signalled_at is not None or (is_main_process() and self.stop_file.exists())
+        here = bool(self.signalled_at) or (is_main_process() and self.stop_file.exists())
         if self.group is None:
             return here
         asked = torch.tensor(int(here))
