@@ -23,7 +23,7 @@ def main() -> None:
 
     from data.batches import make_batch
     from data.encode import Example
-    from loop.checkpoint import CheckpointWriter
+    from loop.checkpoint_writer import CheckpointWriter
     from loop.config import TrainConfig
     from loop.distributed import make_accelerator, prepare, to_device
     from loop.memory import PROFILES

@@ -110,10 +110,7 @@ def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example
 def render_prompt(messages: list[dict], tokenizer) -> str:
     """What inference sends to get the last message as its reply."""
     return tokenizer.apply_chat_template(
-        messages[:-1],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking="reasoning_content" in messages[-1],
+        messages[:-1], tokenize=False, add_generation_prompt=True, enable_thinking="reasoning_content" in messages[-1]
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: found, verified, loaded, written in the background.
+"""Checkpoints: found, verified, loaded.
 
     checkpoints/step-00000400/state/        weights and optimizer state (torch.distributed.checkpoint)
                               trainer.json  TrainState, readable
@@ -8,42 +8,31 @@ Folders are renamed into place last, so a step-* folder is always complete. Name
 are leftovers and never read. There is no state of random generators: each step seeds them.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from data.errors import UserError, one_line
-from loop.console import is_main_process, warn
+from loop.console import warn
 from loop.distributed import gather
-from loop.files import sync_folder, write_json
 from loop.safe_pickle import SafePlanner, SafeReader
-from loop.state import TrainState
 
-MAX_FAILED_SAVES_IN_A_ROW = 3
 # One process without a process group is an ordinary run, not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 # What writing and reading can raise: OSError, torch's RuntimeError, safetensors' own, and that of
 # torch.distributed.checkpoint, which is no Exception.
 IO_ERRORS = (Exception, CheckpointException)
-
-
-class SaveError(Exception):
-    """Some rank could not write; raised on every rank, with nothing on disk changed."""
 
 
 # --- find ---------------------------------------------------------------------------------------------
@@ -170,113 +159,7 @@ def room_for(entry, parameter: torch.Tensor, group: dict):
     return torch.empty(entry.size, dtype=dtype, device="cpu" if on_host else parameter.device)
 
 
-# --- write --------------------------------------------------------------------------------------------
-
-
-class CheckpointWriter:
-    """Writes step-<step> folders under root, one at a time, keeping the newest save_total_limit. All ranks.
-
-    Training pauses only for a copy to host memory, as large as weights and moments of this rank's shards;
-    under DDP the main process alone copies. (torch's async_save has no step after its write, for manifest and rename.)
-    """
-
-    def __init__(self, root: Path, save_total_limit: int, device: torch.device):
-        self.root, self.save_total_limit = root, save_total_limit
-        on_cuda = device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=on_cuda,
-            use_non_blocking_copy=on_cuda,
-            use_shared_memory=False,
-            use_async_staging=False,
-        )
-        self.stager = DefaultStager(options)
-        # A group of its own: collectives of the writing thread must not meet those of the training.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
-        self.thread = ThreadPoolExecutor(1)
-        self.writing: tuple[int, Future] | None = None
-        self.failed_in_a_row = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        """Finishes the write in progress, however the training ended."""
-        self.thread.shutdown()
-
-    def save(self, model, optimizers: list, state: TrainState) -> None:
-        """Waits for the write before, copies, and begins to write. Raises what `wait` raises."""
-        self.wait()
-        tensors = tensors_of(model, optimizers)
-        has_shards = any(isinstance(weight, DTensor) for weight in tensors["model"].values())
-        # Under DDP every rank has all of it, and one copy in host memory is enough.
-        copy = self.stager.stage(tensors if has_shards or is_main_process() else {})
-        trainer = dataclasses.asdict(state)
-        write = self.thread.submit(write_checkpoint, self.root, copy, trainer, self.save_total_limit, self.group)
-        self.writing = state.step, write
-
-    def wait(self, is_last: bool = False) -> None:
-        """Until nothing is being written. Says if a write failed; UserError if it was the last, or the third
-        in a row."""
-        if self.writing is None:
-            return
-        (step, write), self.writing = self.writing, None
-        try:
-            write.result()
-            self.failed_in_a_row = 0
-        except SaveError as error:
-            self.failed_in_a_row += 1
-            if is_last or self.failed_in_a_row == MAX_FAILED_SAVES_IN_A_ROW:
-                raise UserError(f"the checkpoint of step {step} could not be written: {error}") from error
-            warn(f"no checkpoint at step {step}, training goes on: {error}")
-
-
-def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: int, group) -> None:
-    """copy: weights and optimizer state on the CPU; trainer: the TrainState. All ranks.
-
-    Raises SaveError if any rank failed; older checkpoints stay as they are.
-    """
-    folder = root / f"step-{trainer['step']:08d}"
-    temporary = root / f".tmp-{folder.name}"
-    files = {}
-    try:
-        error = None
-        try:
-            if is_main_process():
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        except IO_ERRORS as failure:
-            error = failure
-        agree(error, group)
-        try:
-            dcp.save(copy, checkpoint_id=temporary / "state", process_group=group, no_dist=group is None)
-            files = fingerprints(temporary, temporary.glob(f"state/__{rank_of(group)}_*"))
-        except IO_ERRORS as failure:
-            error = failure
-        agree(error, group)
-        parts = gather(files, group)
-        try:
-            if is_main_process():
-                write_json(temporary / "trainer.json", trainer)
-                files = {name: value for part in parts for name, value in part.items()}
-                files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
-                write_json(temporary / "manifest.json", files)
-                sync_folder(temporary / "state")
-                temporary.rename(folder)
-                sync_folder(root)
-        except IO_ERRORS as failure:
-            error = failure
-        agree(error, group)
-    except SaveError as error:
-        if is_main_process():
-            shutil.rmtree(temporary, ignore_errors=True)
-        # A full disk may come to light as some other error of a writer.
-        free = shutil.disk_usage(root.parent).free / 1e9
-        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}") from error
-    if is_main_process():
-        for old in checkpoints(root)[save_total_limit:]:
-            trash = old.with_name(f".trash-{old.name}")
-            old.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+# --- compare -----------------------------------------------------------------------------------------
 
 
 def check_ranks_agree(model, root: Path) -> None:
@@ -296,21 +179,3 @@ def check_ranks_agree(model, root: Path) -> None:
             "numbers (draw them from torch.Generator(device).manual_seed(batch.seed)). This run cannot go on; "
             f"the last sound checkpoint is {next(iter(checkpoints(root)), 'none')}"
         )
-
-
-def agree(error: BaseException | None, group=None) -> None:
-    """Raises SaveError on every rank if one of them has an error. All ranks."""
-    for message in gather(None if error is None else reason(error, rank_of(group)), group):
-        if message is not None:
-            raise SaveError(message)
-
-
-def reason(error: BaseException, rank: int) -> str:
-    """What went wrong, and on which rank: torch.distributed.checkpoint wraps the errors of all of them."""
-    while isinstance(error, CheckpointException):
-        rank, (error, _) = next(iter(error.failures.items()))
-    return f"{type(error).__name__}: {one_line(error)} (rank {rank})"
-
-
-def rank_of(group=None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0

@@ -113,30 +113,18 @@ class TrainConfig:
     def check(self) -> None:
         """Raises ValueError naming the first setting that is out of range."""
         at_least = {
-            "max_length": 16,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "micro_batch_tokens": -1,
-            "eval_steps": 1,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "save_total_limit": 2,
-            "early_stopping_patience": 0,
-            "early_stopping_min_delta": 0,
-            "lora_rank": 0,
-            "num_samples": 0,
-            "sample_max_new_tokens": 1,
-            "think_weight": 0,
-            "answer_weight": 0,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "seed": 0,
+            -1: "micro_batch_tokens",
+            0: "early_stopping_patience early_stopping_min_delta lora_rank num_samples think_weight answer_weight "
+            "learning_rate weight_decay max_grad_norm seed",
+            1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps "
+            "logging_steps save_steps sample_max_new_tokens",
+            2: "save_total_limit",
+            16: "max_length",
         }
-        for name, low in at_least.items():
-            if not low <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
+        for low, names in at_least.items():
+            for name in names.split():
+                if not low <= getattr(self, name) < float("inf"):
+                    raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if not 0 <= self.warmup_ratio <= 1:

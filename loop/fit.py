@@ -5,7 +5,8 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import Data, load_data
-from loop.checkpoint import CheckpointWriter, check_ranks_agree, load_checkpoint
+from loop.checkpoint import check_ranks_agree, load_checkpoint
+from loop.checkpoint_writer import CheckpointWriter
 from loop.config import TrainConfig
 from loop.console import say
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device

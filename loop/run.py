@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import sys
 import time
 import uuid
@@ -15,9 +14,9 @@ from tqdm import tqdm
 
 from data.dataset import Data
 from data.encode import digest
-from data.errors import UserError
 from data.rows import split_files
-from loop.checkpoint import SaveError, agree, newest_sound
+from loop.checkpoint import newest_sound
+from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
 from loop.distributed import on_main_process
@@ -26,8 +25,8 @@ from loop.files import write_json, write_text
 from loop.memory import GIB, PROFILES, Plan
 from loop.run_folder import check_same_run, is_trained, read_run, read_status, write_status
 from loop.samples import Samples
-from loop.state import StepMetrics, TrainState, read_state
-from loop.step_file import sha256_of
+from loop.state import StepMetrics, TrainState, learning_rates, read_state
+from loop.step_file import record
 from loop.tracking import Tracker, peak_memory_gib
 from model.export import card, export, restore_export
 
@@ -66,24 +65,9 @@ class Run:
         restore_export(self.best)
         checkpoint = newest_sound(self.folder / "checkpoints") if self.config.resume else None
         start = read_state(checkpoint).step if checkpoint else 0
-        step_files = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
-        step_files = [entry for entry in step_files if entry["from_step"] < start]
-        now = {"sha256": sha256_of(self.step_file), "optimizers": self.launch["optimizers"]}
-        if step_files and {name: step_files[-1][name] for name in now} == now:
-            return checkpoint, step_files, uuid.uuid4().hex[:12]
-        if step_files and step_files[-1]["sha256"] == now["sha256"]:
-            changed = f"{step_files[-1]['optimizers']} -> {now['optimizers']}"
-            raise UserError(f"{self.folder} was trained with other optimizers: {changed}; give --memory as it was")
-        source = Path(self.step_file.__file__)
-        copy = self.folder / "code" / (source.name if not start else f"{source.stem}-from-step-{start}.py")
-        if step_files:
-            was = step_files[-1]
-            say(f"another step file from step {start} on: {was['file']} -> {source.name}, see {copy.parent}")
-            if was["optimizers"] != now["optimizers"]:
-                say(f"optimizers {was['optimizers']} -> {now['optimizers']}: their state begins anew, weights go on")
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, copy)
-        return checkpoint, [*step_files, {"file": copy.name, "from_step": start, **now}], uuid.uuid4().hex[:12]
+        before = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
+        step_files = record(self.folder, self.step_file, self.launch["optimizers"], before, start)
+        return checkpoint, step_files, uuid.uuid4().hex[:12]
 
     @property
     def has_same_optimizers(self) -> bool:
@@ -114,10 +98,8 @@ class Run:
             (self.folder / "data").mkdir(exist_ok=True)
             for name, text in split_files(self.data.split).items():
                 write_text(self.folder / "data" / name, text)
-        hashes = {"step_file_sha256": self.info["step_files"][-1]["sha256"]}
-        self.tracker = Tracker(
-            self.config, self.config.swanlab_mode, self.state.run_id, self.state.step, self.info | self.launch | hashes
-        )
+        more = self.info | self.launch | {"step_file_sha256": self.info["step_files"][-1]["sha256"]}
+        self.tracker = Tracker(self.config, self.state.run_id, self.state.step, more)
         self.samples = Samples(self.config, self.data, self.tracker, self.state.step)
         self.report("running")
         self.bar = tqdm(
@@ -166,18 +148,13 @@ class Run:
 
     def export(self, metrics: EvalMetrics, model) -> None:
         """All ranks; raises SaveError, with the older export intact."""
-        causal_lm, error = self.accelerator.unwrap_model(model).causal_lm, None
+        causal_lm, tokenizer = self.accelerator.unwrap_model(model).causal_lm, self.data.tokenizer
         weights = self.accelerator.get_state_dict(model)
-        if is_main_process():
-            figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
-            figures |= {"perplexity": metrics.perplexity, **metrics._asdict()}
-            try:
-                texts = card(self.info | figures, self.config.language, causal_lm.generation_config)
-                weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
-                export(causal_lm, weights, self.data.tokenizer, self.best, texts)
-            except Exception as failure:  # OSError, or safetensors' own
-                error = failure
-        agree(error)
+        weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
+        figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
+        figures |= {"perplexity": metrics.perplexity, **metrics._asdict()}
+        texts = card(self.info | figures, self.config.language, causal_lm.generation_config)
+        together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
 
     def stepped(self, metrics: StepMetrics, batch, optimizers: list) -> None:
         """Records one step. Raises Diverged if gradients stay non-finite."""
@@ -229,13 +206,3 @@ class Run:
         self.report(status, best_step=state.best_step, best_loss=state.best_loss)
         self.tracker.finish("success" if self.is_trained else "aborted")
         return self.is_trained
-
-
-def learning_rates(optimizers: list) -> dict[str, float]:
-    """That of the first group, and of each group with another peak, by its `name` or number."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = {"train/learning_rate": groups[0]["lr"]}
-    for index, group in enumerate(groups):
-        if group["initial_lr"] != groups[0]["initial_lr"]:
-            rates[f"train/learning_rate/{group.get('name', index)}"] = group["lr"]
-    return rates

@@ -118,3 +118,13 @@ class TrainState:
 
 def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8")))
+
+
+def learning_rates(optimizers: list) -> dict[str, float]:
+    """That of the first group, and of each group with another peak, by its `name` or number."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {"train/learning_rate": groups[0]["lr"]}
+    for index, group in enumerate(groups):
+        if group["initial_lr"] != groups[0]["initial_lr"]:
+            rates[f"train/learning_rate/{group.get('name', index)}"] = group["lr"]
+    return rates

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.errors import UserError, one_line
+from loop.console import say
 from model.loss import SFTModel
 
 DEFAULT = Path(__file__).with_name("step.py")
@@ -61,5 +63,23 @@ def check_groups(step_file: ModuleType, outline: torch.nn.Module, config, device
     return [type(optimizer).__name__ for optimizer in optimizers]
 
 
-def sha256_of(step_file: ModuleType) -> str:
-    return hashlib.sha256(Path(step_file.__file__).read_bytes()).hexdigest()
+def record(folder: Path, step_file: ModuleType, optimizers: list[str], before: list[dict], start: int) -> list[dict]:
+    """The step files of a run, each with the step from which it trained; this one, from step `start` on, is copied to
+    folder/code/. before: those in run.json. Raises UserError if the same file makes other optimizers than before."""
+    source = Path(step_file.__file__)
+    now = {"sha256": hashlib.sha256(source.read_bytes()).hexdigest(), "optimizers": optimizers}
+    entries = [entry for entry in before if entry["from_step"] < start]
+    was = entries[-1] if entries else {}
+    if was.items() >= now.items():
+        return entries
+    copy = folder / "code" / (source.name if not start else f"{source.stem}-from-step-{start}.py")
+    if was:
+        changed = f"{was['optimizers']} -> {optimizers}"
+        if was["sha256"] == now["sha256"]:
+            raise UserError(f"{folder} was trained with other optimizers: {changed}; give --memory as it was")
+        say(f"another step file from step {start} on: {was['file']} -> {source.name}, see {copy.parent}")
+        if was["optimizers"] != optimizers:
+            say(f"optimizers {changed}: their state begins anew, weights go on")
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source, copy)
+    return [*entries, {"file": copy.name, "from_step": start, **now}]

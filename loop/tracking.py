@@ -60,15 +60,12 @@ def drop_project_variable() -> None:
 class Tracker:
     """Writes metrics on the main process; on every other one each call does nothing."""
 
-    def __init__(self, config: TrainConfig, mode: str, run_id: str, step: int, more: dict):
+    def __init__(self, config: TrainConfig, run_id: str, step: int, more: dict):
         """Opens metrics.jsonl, keeping the rows up to `step`, and starts SwanLab.
 
-        more: what is worth knowing of the run besides its settings (versions, device, counts).
+        config: with the mode that `choose_mode` chose. more: versions, device, counts and the like.
         """
-        self.run = None
-        self.file = None
-        self.failures = 0
-        self.mode = "disabled"
+        self.run, self.file, self.failures, self.mode = None, None, 0, "disabled"
         if not is_main_process():
             return
         self.directory = Path(config.output_dir) / "swanlog"
@@ -76,12 +73,12 @@ class Tracker:
         path = Path(config.output_dir) / "metrics.jsonl"
         keep_rows(path, step)
         self.file = path.open("a", encoding="utf-8", buffering=1)
-        if mode != "disabled":
-            self.start_swanlab(config, mode, more)
+        if config.swanlab_mode != "disabled":
+            self.start_swanlab(config, more)
 
-    def start_swanlab(self, config: TrainConfig, mode: str, more: dict) -> None:
+    def start_swanlab(self, config: TrainConfig, more: dict) -> None:
         interrupt = signal.getsignal(signal.SIGINT)
-        for attempt in dict.fromkeys([mode, "offline"]):
+        for attempt in dict.fromkeys([config.swanlab_mode, "offline"]):
             try:
                 drop_project_variable()
                 import swanlab
@@ -119,10 +116,7 @@ class Tracker:
         except OSError as error:
             warn(f"metrics.jsonl: {error}")
         # One NaN breaks a chart in the local dashboard for good.
-        self.view(
-            {name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"},
-            step,
-        )
+        self.view({name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"}, step)
 
     def log_text(self, name: str, texts: list[tuple[str, str]], step: int) -> None:
         """texts: (caption, text)"""

@@ -65,7 +65,7 @@ def in_step(step: int, action) -> None:
 
 def kill_in_step(step: int) -> None:
     """Once the checkpoint before it is written."""
-    from loop.checkpoint import CheckpointWriter
+    from loop.checkpoint_writer import CheckpointWriter
 
     writers = []
     before(CheckpointWriter, "save", lambda: None, lambda self, *_: writers.append(self))
@@ -90,17 +90,17 @@ def kill_at(stage: str) -> None:
     """SIGKILL the first time that a save or an export reaches a stage."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    import loop.checkpoint
+    import loop.checkpoint_writer
     import model.export
 
     if stage == "begin":
-        before(loop.checkpoint.dcp, "save", kill)
+        before(loop.checkpoint_writer.dcp, "save", kill)
     elif stage == "shards":
         after(FileSystemWriter, "write_data", kill, lambda *_: rank() == 0)
     elif stage == "second_rank":
         before(FileSystemWriter, "write_data", kill, lambda *_: rank() == 1)
     elif stage == "before_rename":
-        after(loop.checkpoint, "write_json", kill, lambda path, _: path.name == "manifest.json")
+        after(loop.checkpoint_writer, "write_json", kill, lambda path, _: path.name == "manifest.json")
     elif stage == "after_rename":
         after(Path, "rename", kill, lambda path, _: path.name.startswith(".tmp-step"))
     elif stage == "pruning":
@@ -112,7 +112,7 @@ def kill_at(stage: str) -> None:
 
         doomed = []
         before(
-            loop.checkpoint.shutil,
+            loop.checkpoint_writer.shutil,
             "rmtree",
             half_way,
             lambda path, *_: ".trash-" in str(path) and not doomed.append(path),
@@ -160,7 +160,7 @@ def record_rows(folder: str) -> None:
 def resave(folder: str) -> None:
     """Saves what a resume has loaded, before any step is made, as another checkpoint."""
     import loop.fit
-    from loop.checkpoint import CheckpointWriter
+    from loop.checkpoint_writer import CheckpointWriter
     from loop.state import TrainState
 
     load = loop.fit.load_checkpoint
@@ -236,7 +236,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.api import CheckpointException
 
-    import loop.checkpoint
+    import loop.checkpoint_writer
     import loop.run
     import model.export
 
@@ -252,7 +252,9 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     if where == "export":
         before(loop.run.Run, "evaluated", lambda: None, lambda run, *_: now.__setitem__(0, run.state.step))
     else:
-        before(loop.checkpoint, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"]))
+        before(
+            loop.checkpoint_writer, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"])
+        )
 
     def fail():
         raise raised
@@ -263,7 +265,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     if where == "shards":
         before(FileSystemWriter, "write_data", fail, here)
     elif where == "manifest":
-        before(loop.checkpoint, "write_json", fail, here)
+        before(loop.checkpoint_writer, "write_json", fail, here)
     elif where == "export":
         before(model.export, "generation_config", fail, here)
     else:

@@ -1,5 +1,6 @@
 """What is trained on: the bytes, the targets, the rows, their order."""
 
+import copy
 import csv
 import json
 import random
@@ -7,7 +8,7 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import REAL, SYSTEM, good_row
+from conftest import REAL, ROOT, SYSTEM, good_row
 from transformers import AutoTokenizer
 
 from data.batches import collate, rank_batches, step_batch, step_indices, steps_per_epoch
@@ -33,9 +34,18 @@ def real_tokenizer():
     return AutoTokenizer.from_pretrained(REAL / "qwen3_tokenizer")
 
 
-@pytest.fixture(params=["tiny", "real"])
+def with_qwen3_template(tokenizer):
+    """With the chat template of Qwen3-1.7B, as published under Apache-2.0."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (ROOT / "tests/qwen3_chat_template.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+@pytest.fixture(params=["tiny", "tiny with Qwen3's template", "real"])
 def any_tokenizer(request, tokenizer):
-    return tokenizer if request.param == "tiny" else real_tokenizer()
+    if request.param == "real":
+        return real_tokenizer()
+    return tokenizer if request.param == "tiny" else with_qwen3_template(tokenizer)
 
 
 @pytest.mark.parametrize("system", ["", SYSTEM])
@@ -63,10 +73,10 @@ def test_training_bytes_are_what_inference_renders(any_tokenizer, name, system):
 @pytest.mark.parametrize("name", TURNS)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_tiny_template_renders_as_qwen3(tokenizer, name, thinking):
-    messages = to_messages({"messages": TURNS[name]}, SYSTEM)
+    messages, qwen3 = to_messages({"messages": TURNS[name]}, SYSTEM), with_qwen3_template(tokenizer)
     for part, prompt in ((messages, False), (messages[:-1], True)):
         options = {"tokenize": False, "add_generation_prompt": prompt, "enable_thinking": thinking}
-        assert tokenizer.apply_chat_template(part, **options) == real_tokenizer().apply_chat_template(part, **options)
+        assert tokenizer.apply_chat_template(part, **options) == qwen3.apply_chat_template(part, **options)
 
 
 def test_targets_of_real_rows():

@@ -127,7 +127,7 @@ def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
 
 def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, capsys):
     config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
-    tracker = Tracker(config, "disabled", "id", 0, {})
+    tracker = Tracker(config, "id", 0, {})
     samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, 0)
     samples.path = tmp_path / "no folder" / "samples.jsonl"
     samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import peaks, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.batches import collate, make_batch, rank_batches, step_batch
 from data.encode import encode_rows
+from loop.distributed import prepare
 from loop.evaluate import evaluate
 from loop.step import lr_multiplier, make_optimizers, train_step
 
@@ -22,6 +26,13 @@ class KeepGradients(torch.optim.Optimizer):
 
     def step(self):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+@pytest.fixture(scope="module")
+def short(examples):
+    """The 60 shortest rows, in the order of the data."""
+    longest = sorted(map(len, examples))[59]
+    return [example for example in examples if len(example) <= longest]
 
 
 def gradients_of(model, examples, batch_size, max_grad_norm=0):
@@ -51,8 +62,8 @@ def plain_gradients(model, examples):
 
 # In fp64 what is left is transformers' RMSNorm, which computes in fp32 whatever it is given.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-7)])
-def test_gradient_is_that_of_a_plain_full_batch(make_model, examples, dtype, tolerance):
-    rows = examples[:4]
+def test_gradient_is_that_of_a_plain_full_batch(make_model, short, dtype, tolerance):
+    rows = short[:4]
     assert len({len(example) - example.prompt_length for example in rows}) > 1  # unequal, or means would do
     expected, loss = plain_gradients(make_model(dtype=dtype), rows)
     scale = max(gradient.abs().max() for gradient in expected)
@@ -66,31 +77,31 @@ def test_gradient_is_that_of_a_plain_full_batch(make_model, examples, dtype, tol
             assert (metrics.think_loss_sum + metrics.answer_loss_sum) / num_tokens == pytest.approx(loss, rel=tolerance)
 
 
-def test_a_rank_without_rows_adds_nothing(make_model, examples):
+def test_a_rank_without_rows_adds_nothing(make_model, short):
     """Three rows on two ranks: the second rank's last micro-batch is empty; together they are the whole gradient."""
-    shares = [rank_batches(examples[:3], batch_size=1, rank=rank, world_size=2) for rank in range(2)]
+    shares = [rank_batches(short[:3], batch_size=1, rank=rank, world_size=2) for rank in range(2)]
     assert [len(share) for share in shares] == [2, 2]
-    expected, _ = gradients_of(make_model(dtype=torch.float64), examples[:3], 1)
+    expected, _ = gradients_of(make_model(dtype=torch.float64), short[:3], 1)
     optimizer = KeepGradients((model := make_model(dtype=torch.float64)).parameters())
-    batch = make_batch(examples[:3], batch_size=1)._replace(micro_batches=shares[0] + shares[1])
+    batch = make_batch(short[:3], batch_size=1)._replace(micro_batches=shares[0] + shares[1])
     train_step(model, peaks([optimizer]), batch, Accelerator(), 1.0, settings(max_grad_norm=0))
     for gradient, reference in zip(optimizer.gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-14)
 
 
-def test_clipping_sees_the_whole_gradient(make_model, examples):
-    free, metrics = gradients_of(make_model(), examples[:4], 1)
+def test_clipping_sees_the_whole_gradient(make_model, short):
+    free, metrics = gradients_of(make_model(), short[:4], 1)
     norm = torch.stack([gradient.double().norm() for gradient in free]).norm().item()
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
-    clipped, _ = gradients_of(make_model(), examples[:4], 1, max_grad_norm=norm / 4)
+    clipped, _ = gradients_of(make_model(), short[:4], 1, max_grad_norm=norm / 4)
     for gradient, reference in zip(clipped, free, strict=True):
         torch.testing.assert_close(gradient, reference / 4, rtol=1e-4, atol=1e-9)
 
 
-def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, examples):
+def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, short):
     model, accelerator = make_model(), Accelerator()
     (optimizer,) = optimizers = peaks(make_optimizers(model, settings()))
-    batch = make_batch(examples[:4], batch_size=1)
+    batch = make_batch(short[:4], batch_size=1)
     assert train_step(model, optimizers, batch, accelerator, 1.0, settings()).finite
     before = [p.clone() for p in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
@@ -105,16 +116,16 @@ def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, exam
     assert train_step(model, optimizers, batch, accelerator, 1.0, settings()).finite
 
 
-def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, examples, tmp_path):
+def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, short, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     config = settings(lr_scheduler_type="linear", weight_decay=0.1)
-    rows = [examples[i] for s in range(10) for i in order_of_step(examples, s)]
+    rows = [short[i] for s in range(10) for i in order_of_step(short, s)]
 
     ours, model, accelerator = [], make_model(), Accelerator()
     optimizers = peaks(make_optimizers(model, config))
     for step in range(10):
-        batch = step_batch(step, examples, batch_size=1, rows_per_step=4, seed=3)
+        batch = step_batch(step, short, batch_size=1, rows_per_step=4, seed=3)
         metrics = train_step(model, optimizers, batch, accelerator, lr_multiplier(step, 10, config), config)
         num_tokens = metrics.num_think_tokens + metrics.num_answer_tokens
         ours.append((metrics.think_loss_sum + metrics.answer_loss_sum) / num_tokens)
@@ -198,18 +209,11 @@ def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
 
 def test_evaluation_does_not_depend_on_its_batch_size(make_model, split, tokenizer):
     examples, _ = encode_rows(split.val, tokenizer, 512, "error")
-    model = make_model(dtype=torch.float64).train()
-    results = [
-        evaluate(
-            model,
-            rank_batches(examples[:12], batch_size=size),
-            Accelerator(),
-        )
-        for size in (1, 5, 12)
-    ]
+    model, rows = make_model(dtype=torch.float64).train(), sorted(examples, key=len)[:7]
+    results = [evaluate(model, rank_batches(rows, batch_size=size), Accelerator()) for size in (1, 3, 7)]
     for result in results[1:]:
         assert result == pytest.approx(results[0], rel=1e-12)
-    _, loss = plain_gradients(make_model(dtype=torch.float64), examples)
+    _, loss = plain_gradients(make_model(dtype=torch.float64), rows)
     assert results[0].loss == pytest.approx(loss, rel=1e-12)
     assert results[0].perplexity == pytest.approx(math.exp(loss))
     assert model.training
@@ -220,3 +224,27 @@ def test_norms_do_not_decay_and_matrices_do(make_model):
     decay = {p: group["weight_decay"] for o in make_optimizers(model, settings(weight_decay=0.1)) for group in
              o.param_groups for p in group["params"]}  # fmt: skip
     assert decay == {p: 0.0 if "norm" in name else 0.1 for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_no_fp64_on_the_device(make_model, short, mixed_precision):
+    """Apple's MPS has no fp64, nor have Ascend's collectives."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            found.extend(str(function) for t in tree_leaves(out) if getattr(t, "dtype", None) == torch.float64)
+            return out
+
+    AcceleratorState._reset_state()
+    accelerator, model = Accelerator(mixed_precision=mixed_precision), make_model()
+    model, optimizers = prepare(accelerator, model, make_optimizers(model, settings()))
+    batch = make_batch(short[:4], batch_size=2)
+    with Watch():
+        train_step(model, optimizers, batch, accelerator, 1.0, settings())
+        evaluate(model, batch.micro_batches, accelerator)
+        assert not found, found
+        torch.ones(1, dtype=torch.float64)
+    assert found
+    AcceleratorState._reset_state()

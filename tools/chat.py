@@ -108,12 +108,7 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
         raise SystemExit(f"tools.chat: {error}") from None
     reply = stream.reply
     if as_json:
-        line = {
-            "question": question,
-            **reply._asdict(),
-            "tokens": len(stream.ids),
-            "seconds": round(stream.seconds, 3),
-        }
+        line = {"question": question, **reply._asdict(), "tokens": len(stream.ids), "seconds": round(stream.seconds, 3)}
         print(json.dumps(line, ensure_ascii=False))
     elif not sys.stdout.isatty():
         print(reply.answer)

@@ -21,10 +21,10 @@ from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.samples import prompts
 from model.export import system_prompt_of
-from model.generate import Reply, format_rates, load_for_generation, reply_to
+from model.generate import format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
-from tools.report import quote
+from tools.report import TEMPLATES
 
 PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is
@@ -91,7 +91,8 @@ def run() -> None:
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
     write_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    write_text(args.out / "compare.md", markdown(report))
+    page = TEMPLATES.get_template("compare.md").render(report, table=table_rows(report))
+    write_text(args.out / "compare.md", page)
     show(report)
     print(f"answers side by side: {args.out / 'compare.md'}")
 
@@ -140,10 +141,7 @@ def overlap(answers: list[str], references: list[str]) -> dict[str, float]:
         scorer.score(reference, answer)["rougeL"].fmeasure
         for answer, reference in zip(answers, references, strict=True)
     ]
-    return {
-        "rouge_l": sum(scores) / len(scores),
-        "bleu": corpus_bleu(answers, [references], tokenize="char").score,
-    }
+    return {"rouge_l": sum(scores) / len(scores), "bleu": corpus_bleu(answers, [references], tokenize="char").score}
 
 
 def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
@@ -159,33 +157,6 @@ def show(report: dict) -> None:
     for row in table_rows(report):
         table.add_row(*row)
     Console().print(table)
-
-
-def markdown(report: dict) -> str:
-    a, b = report["models"]
-    lines = [
-        f"# {a['model']} and {b['model']}",
-        "",
-        f"{report['rows']} rows of {report['dataset']}; replies are greedy.",
-    ]
-    lines += ["", f"| | {a['model']} | {b['model']} | difference |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
-    for number, question in enumerate(report["questions"]):
-        lines += ["", f"## Question {number + 1}", "", quote(question["question"])]
-        for model in (a, b):
-            reply = Reply(**model["replies"][number])
-            lines += [
-                "",
-                f"**{model['model']}**, thinking",
-                "",
-                quote(reply.think),
-                "",
-                "answer",
-                "",
-                quote(reply.answer),
-            ]
-        lines += ["", "**reference**", "", quote(question["reference"])]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

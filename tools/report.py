@@ -19,6 +19,21 @@ NUM_ANSWERS = 5
 NOISE = 0.005
 
 
+def quote(text: str) -> str:
+    """Text of a model as a Markdown quotation that cannot break the page around it."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return "\n".join(f"> {line}".rstrip() for line in (text or "-").splitlines())
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "report_templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["quote"] = quote
+
+
 class Verdict(NamedTuple):
     """What the evaluation loss did. kind: overfitting, plateau, falling (the last one is the best), worse (none is
     better than the one before training), early (there is no other yet), or nonfinite (after the best)."""
@@ -54,14 +69,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
     status = stands.get("status")
     if status == "running" and not is_held(run_dir):
         status = "killed"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "report_templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["quote"] = quote
-    text = environment.get_template(f"{language}.md").render(
+    text = TEMPLATES.get_template(f"{language}.md").render(
         run=run,
         launch=stands,
         data=data,
@@ -112,12 +120,6 @@ def read_lines(path: Path) -> list[dict]:
         is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
         rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
     return rows
-
-
-def quote(text: str) -> str:
-    """Text of a model as a Markdown quotation that cannot break the page around it."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return "\n".join(f"> {line}".rstrip() for line in (text or "-").splitlines())
 
 
 def draw(folder: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None) -> None:

@@ -1,0 +1,21 @@
+"""Imported once by the process that ranks are forked from: fills caches that each of them would fill again
+(transformers' table of weight conversions, compiled templates), a second or two of every run."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from model.export import TEMPLATES, export
+from model.qwen3 import load_model, tiny_tokenizer
+from tools.report import TEMPLATES as REPORTS
+
+torch.set_num_threads(1)
+tokenizer = tiny_tokenizer(["热"])
+tokenizer.apply_chat_template([{"role": "user", "content": "热"}], tokenize=False)
+model = load_model("tiny", tokenizer, gradient_checkpointing=False)
+with tempfile.TemporaryDirectory() as folder:
+    export(model, model.state_dict(), tokenizer, Path(folder) / "model")
+for templates, names in ((TEMPLATES, ("card.zh.md", "Modelfile")), (REPORTS, ("zh.md",))):
+    for name in names:
+        templates.get_template(name)
