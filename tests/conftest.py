@@ -12,6 +12,7 @@ for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
 import pytest
+import small  # noqa: F401
 import torch
 from accelerate import Accelerator
 

@@ -27,7 +27,8 @@ class Ranks:
     """The processes of one launch."""
 
     def __init__(self, args, strategy: str = "one", fault: str = "", log: Path | None = None, **env):
-        """strategy: one, ddp<processes>, or fsdp2 (two processes). fault: a call into faults.py, on every rank."""
+        """strategy: one, ddp<processes>, or fsdp2 (two processes). fault: a call into faults.py, on every rank.
+        env: variables to set, or None to leave out."""
         world = 1 if strategy == "one" else 2 if strategy == "fsdp2" else int(strategy.removeprefix("ddp"))
         variables = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
         if world > 1:
@@ -80,7 +81,9 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
         os.dup2(descriptor, stream)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", line_buffering=True)
-    os.environ.update(env)
+    os.environ.update({name: value for name, value in env.items() if value is not None})
+    for name in [name for name, value in env.items() if value is None]:
+        os.environ.pop(name, None)
     for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT"):
         if name not in env:
             os.environ.pop(name, None)
@@ -91,7 +94,8 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
     import train
 
     torch.set_num_threads(1)
-    tools.report.draw = lambda *_: None  # a fifth of such a run; test_report.py looks at the curves
+    if "DRAW" not in env:  # a fifth of such a run; test_report.py looks at the curves
+        tools.report.draw = lambda *_: None
     if strategy == "fsdp2":
         faults.fsdp2_on_cpu()
     if fault:

@@ -1,5 +1,6 @@
 """Talking to a model: the generator, the terminal, the browser."""
 
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from ranks import run
 
 from model.export import card, system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
@@ -45,21 +47,28 @@ def best(tmp_path_factory):
         "--num-samples",
         "2",
     ]
-    command = [sys.executable, "train.py", *map(str, args), "--output-dir", str(folder / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "stopped 100%" in done.stdout
+    done = run([*args, "--output-dir", folder / "run"], log=folder / "log")
+    assert done.codes == [0] and "stopped 100%" in done.output, done.output
     return folder / "run" / "best"
 
 
-def chat(*args, stdin: str | None = None, check=True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.chat", *map(str, args)]
-    given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **given)
-    if check:
-        assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def chat(monkeypatch, capsys):
+    """Calls tools.chat with arguments, on a pipe; returns (exit status, stdout, stderr)."""
+
+    def call(*args, stdin: str = ""):
+        monkeypatch.setattr(sys, "argv", ["tools.chat", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            print(end.code, file=sys.stderr)  # as Python does with a message
+            status = end.code if isinstance(end.code, int) else 1
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
 
 
 # --- the generator --------------------------------------------------------------------------------------
@@ -145,19 +154,18 @@ def test_sampling_is_the_models_own_unless_asked_for():
 # --- the terminal ---------------------------------------------------------------------------------------
 
 
-def test_one_question(best):
-    assert chat(best, "--question", "第3个问题？", "--temperature", "0").stdout == ANSWER + "\n"
-    reply = json.loads(chat(best, "--question", "第3个问题？", "--temperature", "0", "--json").stdout)
+def test_one_question(best, chat):
+    assert chat(best, "--question", "第3个问题？", "--temperature", "0")[:2] == (0, ANSWER + "\n")
+    reply = json.loads(chat(best, "--question", "第3个问题？", "--temperature", "0", "--json")[1])
     assert (reply["think"], reply["answer"], reply["closed"], reply["stopped"]) == (THINK, ANSWER, True, True)
     assert reply["tokens"] > 10 and reply["seconds"] > 0
-    cut = chat(best, "--question", "第3个问题？", "--max-new-tokens", "4", check=False)
-    assert cut.returncode == 1 and cut.stdout == "\n" and "cut off inside the thinking" in cut.stderr
+    status, out, err = chat(best, "--question", "第3个问题？", "--max-new-tokens", "4")
+    assert (status, out) == (1, "\n") and "cut off inside the thinking" in err
 
 
-def test_questions_on_a_pipe(best):
-    said = chat(
-        best, "--temperature", "0", stdin="第1个问题？\n第2个问题？\n/nothink\n第3个问题？\n/clear\n/what\n"
-    ).stdout
+def test_questions_on_a_pipe(best, chat):
+    lines = "第1个问题？\n第2个问题？\n/nothink\n第3个问题？\n/clear\n/what\n"
+    _, said, _ = chat(best, "--temperature", "0", stdin=lines)
     assert said.count(ANSWER) == 3 and said.count(THINK) == 2 and said.count("tokens/s") == 3
     assert "thinking is off" in said and "/system TEXT" in said
 
@@ -372,10 +380,10 @@ def test_a_dialogue_in_the_browser(page):
     assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.requested), page.requested
 
 
-def test_a_port_in_use_is_told(best):
+def test_a_port_in_use_is_told(best, chat):
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = chat(best, "--web", "--port", taken.getsockname()[1], check=False)
-    assert done.returncode == 1 and "choose another with --port" in done.stderr
+        status, _, err = chat(best, "--web", "--port", taken.getsockname()[1])
+    assert status == 1 and "choose another with --port" in err

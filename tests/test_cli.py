@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from ranks import run
 
 from loop.command_line import parse_config
 from loop.config import PRESETS, TrainConfig
@@ -16,6 +17,13 @@ def refused(train_py, *args, **env) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return " ".join(done.stderr.replace("│", " ").split())
+
+
+def told(args, tmp_path, **env) -> str:
+    """The same where torch is needed to find the mistake."""
+    outcome = run(args, log=tmp_path / "log", **env)
+    assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
+    return outcome.output
 
 
 def test_later_wins(tmp_path):
@@ -91,19 +99,19 @@ def test_help_is_quick_and_heavy_imports_wait(train_py):
 
 
 @pytest.mark.parametrize("name", ["model", "dataset"])
-def test_what_is_not_there_is_named(train_py, tmp_path, name):
-    message = refused(train_py, "tiny", "--output-dir", tmp_path / "out", f"--{name}", "nowhere.jsonl")
+def test_what_is_not_there_is_named(tmp_path, name):
+    message = told(["tiny", "--output-dir", tmp_path / "out", f"--{name}", "nowhere.jsonl"], tmp_path)
     assert "nowhere.jsonl" in message and "ModelScope" in message
 
 
-def test_a_folder_that_is_no_model(train_py, tmp_path):
-    assert "no config.json" in refused(train_py, "tiny", "--output-dir", tmp_path / "out", "--model", tmp_path)
+def test_a_folder_that_is_no_model(tmp_path):
+    assert "no config.json" in told(["tiny", "--output-dir", tmp_path / "out", "--model", tmp_path], tmp_path)
 
 
-def test_modelscope_out_of_reach_is_one_message(train_py, tmp_path):
+def test_modelscope_out_of_reach_is_one_message(tmp_path):
     """Nothing listens on that port: what a machine without network meets, only sooner."""
     out = tmp_path / "out"
-    message = refused(train_py, "--output-dir", out, MODELSCOPE_ENDPOINT="http://127.0.0.1:9", timeout=60)
+    message = told(["--output-dir", out], tmp_path, MODELSCOPE_ENDPOINT="http://127.0.0.1:9")
     assert "krisfu/delicate_medical_r1_data" in message and "train.py tiny" in message
     assert not any(out.rglob("*.json*"))
 

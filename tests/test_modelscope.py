@@ -78,7 +78,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
-def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
+def test_model_and_dataset_come_from_modelscope(hub, tmp_path):
     root, environment = hub
     short = ["tiny", "--max-steps", "1", "--sample-max-new-tokens", "8", "--output-dir"]
     assert run([*short, tmp_path / "first"]).codes == [0]
@@ -91,15 +91,16 @@ def test_model_and_dataset_come_from_modelscope(train_py, hub, tmp_path):
     (dataset / "README.md").write_text("数据集")
 
     names = ["--dataset", "krisfu/delicate_medical_r1_data", "--model", "Qwen/Qwen3-1.7B"]
-    dry = train_py("tiny", *names, "--dry-run", **environment)
-    assert "120 rows read from r1_data.jsonl" in dry.stdout
+    dry = run(["tiny", *names, "--dry-run"], log=tmp_path / "log", **environment)
+    assert dry.codes == [0] and "120 rows read from r1_data.jsonl" in dry.output
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a dry run fetches no weights
-    train_py(*short, tmp_path / "second", *names, **environment)
+    assert run([*short, tmp_path / "second", *names], log=tmp_path / "log", **environment).codes == [0]
     first, second = (metrics_of(tmp_path / name) for name in ("first", "second"))
     # The second run begins with the weights that the first one ended with, in bf16.
     assert second[0]["eval/loss"] == pytest.approx(first[-2]["eval/loss"], abs=2e-3)
     fetched = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert {"model.safetensors", "r1_data.jsonl"} <= fetched and not {"evil.py", "pytorch_model.bin"} & fetched
 
-    missing = train_py("tiny", "--model", "Qwen/Qwen4", "--output-dir", tmp_path / "x", check=False, **environment)
-    assert missing.returncode == 2 and "Qwen/Qwen4" in missing.stderr and "Traceback" not in missing.stderr
+    args = ["tiny", "--model", "Qwen/Qwen4", "--output-dir", tmp_path / "x"]
+    missing = run(args, log=tmp_path / "log", **environment)
+    assert missing.codes == [2] and "Qwen/Qwen4" in missing.output and "Traceback" not in missing.output

@@ -15,6 +15,7 @@ from data.errors import UserError
 from tools.compare_models import main as compare
 from tools.compare_models import overlap
 from tools.report import judge, quote, write_report
+from tools.report import main as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -25,19 +26,22 @@ def overfitted(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "run"
     args = ["tiny", "--val-fraction", "0.85", "--learning-rate", "0.01", "--eval-steps", "5", "--sample-max-new-tokens"]
     args += ["16", "--early-stopping-patience", "2", "--language", "en", "--output-dir", str(out)]
-    done = subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"report: {out}/report.md" in done.stdout
+    done = run(args, log=out.parent / "log", DRAW="1")
+    assert done.codes == [0], done.output
+    assert f"report: {out}/report.md" in done.output
     return out
 
 
-def module(name: str, *args, check=True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", name, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert "Traceback" not in done.stderr, done.stderr
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Calls the main() of a tool with arguments; returns what it prints."""
+
+    def call(main, *args) -> str:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
+        main()
+        return capsys.readouterr().out
+
+    return call
 
 
 def test_the_figures_of_the_report_are_those_of_the_record(overfitted):
@@ -66,10 +70,10 @@ def test_the_figures_of_the_report_are_those_of_the_record(overfitted):
     assert text.count("### Question") == 5 and "32 validation questions" in text
 
 
-def test_both_languages_say_the_same(overfitted, tmp_path):
+def test_both_languages_say_the_same(overfitted, tmp_path, tool):
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
-    module("tools.report", run, "--language", "zh")
+    tool(report, run, "--language", "zh")
     zh = (run / "report.md").read_text()
     assert "已早停" in zh and "**是。**" in zh and "早停" in zh
     figures = [[line.split("|")[3:6] for line in text.splitlines() if " % | " in line and line.startswith("| ")]
@@ -77,7 +81,7 @@ def test_both_languages_say_the_same(overfitted, tmp_path):
     assert figures[0] == figures[1]
 
 
-def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
+def test_a_killed_run_is_reported_as_one(overfitted, tmp_path, tool):
     """What a kill in the middle leaves: the status says running, and the last line is cut."""
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
@@ -87,7 +91,7 @@ def test_a_killed_run_is_reported_as_one(overfitted, tmp_path):
     (run / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
     samples = (run / "samples.jsonl").read_text().splitlines(keepends=True)
     (run / "samples.jsonl").write_text("".join(samples[:6]))
-    module("tools.report", run)
+    tool(report, run)
     text = (run / "report.md").read_text()
     step = json.loads(lines[3])["step"]
     assert f"its process is gone, --resume goes on at step {step} of" in text
@@ -116,8 +120,10 @@ def test_what_is_no_run_is_told(overfitted, tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no folder of a run"):
             write_report(folder)
-    refusal = module("tools.report", tmp_path, check=False)
-    assert refusal.returncode == 1 and "is no folder of a run" in refusal.stderr
+    command = [sys.executable, "-m", "tools.report", tmp_path]
+    refusal = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refusal.returncode == 1 and "Traceback" not in refusal.stderr
+    assert "is no folder of a run" in refusal.stderr
     run = tmp_path / "run"
     shutil.copytree(overfitted, run)
     (run / "metrics.jsonl").write_text("")
@@ -161,24 +167,23 @@ def test_overlap_counts_characters():
     assert overlap(["甲乙丙丁"], ["春夏秋冬"])["rouge_l"] == 0.0
 
 
-def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path, monkeypatch):
+def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path, tool):
     args = ["tiny", "--val-fraction", "0.85", "--max-steps", "1", "--num-samples", "0"]
     assert run([*args, "--output-dir", tmp_path / "base"]).codes == [0]
     models = [tmp_path / "base/best", overfitted / "best"]
     val = overfitted / "data/val.jsonl"
     options = ["--dataset", val, "--num-rows", "4", "--max-new-tokens", "8", "--out", tmp_path / "out"]
-    done = module("tools.compare_models", *models, *options)
-    monkeypatch.setattr(sys, "argv", ["tools.compare_models", *map(str, [*models, *options])])
+    shown = tool(compare, *models, *options)
     with pytest.raises(SystemExit, match="holds a comparison already"):
-        compare()
-    report = json.loads((tmp_path / "out/compare.json").read_text())
-    base, tuned = report["models"]
-    assert report["rows"] == 102 and len(base["replies"]) == 4
+        tool(compare, *models, *options)
+    found = json.loads((tmp_path / "out/compare.json").read_text())
+    base, tuned = found["models"]
+    assert found["rows"] == 102 and len(base["replies"]) == 4
     evaluations = [row for row in metrics_of(overfitted) if "eval/loss" in row]
     expected = min(evaluations, key=lambda row: row["eval/loss"])
     assert tuned["loss"] == pytest.approx(expected["eval/loss"], abs=5e-3)  # bf16 weights
     assert tuned["perplexity"] == pytest.approx(math.exp(tuned["loss"]))
-    assert tuned["loss"] < base["loss"] and f"{tuned['loss'] - base['loss']:+.4f}" in done.stdout
+    assert tuned["loss"] < base["loss"] and f"{tuned['loss'] - base['loss']:+.4f}" in shown
     text = (tmp_path / "out/compare.md").read_text()
     assert tuned["think_perplexity"] == pytest.approx(math.exp(tuned["think_loss"]))
     assert text.count("## Question") == 4 and f"{tuned['answer_perplexity']:.4f}" in text

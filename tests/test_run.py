@@ -84,13 +84,14 @@ print(json.dumps([loss / count, g.eos_token_id, tokenizer.convert_tokens_to_ids(
     }
 
 
-def test_a_finished_run_is_neither_overwritten_nor_changed(finished, train_py):
+def test_a_finished_run_is_neither_overwritten_nor_changed(finished, tmp_path):
     out, _ = finished
     before = files_of(out)
-    done = train_py(*SHORT, "--output-dir", out, check=False)
-    assert done.returncode == 2 and "already holds a run" in done.stderr and "--resume" in done.stderr
+    done = run([*SHORT, "--output-dir", out], log=tmp_path / "log")
+    assert done.codes == [2] and "already holds a run" in done.output and "--resume" in done.output
     assert files_of(out) == before
-    assert "is finished" in train_py(*SHORT, "--output-dir", out, "--resume").stdout
+    done = run([*SHORT, "--output-dir", out, "--resume"], log=tmp_path / "log")
+    assert done.codes == [0] and "is finished" in done.output
     before.pop("data/data_report.json"), (after := files_of(out)).pop("data/data_report.json")
     assert after == before
 
@@ -151,8 +152,8 @@ def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
             "--output-dir", out, "--swanlab-mode"]  # fmt: skip
     done = train_py("tiny", *args, "offline", SWANLAB_MODE=None, SWANLAB_PROJECT="名字", HOME=str(tmp_path))
     assert "swanlab sync --id" in done.stdout
-    (run,) = (out / "swanlog").glob("run-*")
-    stored = b"".join(path.read_bytes() for path in run.glob("*.swanlab"))
+    (folder,) = (out / "swanlog").glob("run-*")
+    stored = b"".join(path.read_bytes() for path in folder.glob("*.swanlab"))
     assert (
         stored.count(b"train/loss") >= 2
         and b"eval/best_loss" in stored
@@ -160,10 +161,9 @@ def test_swanlab_gets_the_same_numbers_offline(train_py, tmp_path):
         and b"samples/best" in stored
     )
     args[args.index(out)] = tmp_path / "other"
-    refusal = train_py(
-        "tiny", *args, "online", check=False, SWANLAB_MODE=None, HOME=str(tmp_path / "nobody"), timeout=60
-    )
-    assert refusal.returncode == 2 and "swanlab login" in refusal.stderr and not (tmp_path / "other/data").exists()
+    nobody = {"SWANLAB_MODE": None, "HOME": str(tmp_path / "nobody")}
+    refusal = run(["tiny", *args, "online"], log=tmp_path / "log", **nobody)
+    assert refusal.codes == [2] and "swanlab login" in refusal.output and not (tmp_path / "other/data").exists()
 
 
 def test_replies_are_split_by_token_id(finished, split, monkeypatch):

@@ -119,7 +119,7 @@ def test_non_finite_gradients_reach_neither_weights_nor_moments(make_model, shor
 def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, short, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    config = settings(lr_scheduler_type="linear", weight_decay=0.1)
+    config = settings(learning_rate=3e-3, lr_scheduler_type="linear", weight_decay=0.1)
     rows = [short[i] for s in range(10) for i in order_of_step(short, s)]
 
     ours, model, accelerator = [], make_model(), Accelerator()
@@ -147,7 +147,7 @@ def test_ten_steps_have_the_losses_of_the_hugging_face_trainer(make_model, short
             gradient_accumulation_steps=4,
             max_steps=10,
             logging_steps=1,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             lr_scheduler_type="linear",
             weight_decay=0.1,
             max_grad_norm=1.0,

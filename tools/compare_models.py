@@ -21,7 +21,7 @@ from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.samples import prompts
 from model.export import system_prompt_of
-from model.generate import format_rates, load_for_generation, reply_to
+from model.generate import fast_dtype, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
 from tools.report import TEMPLATES
@@ -111,12 +111,12 @@ def read_rows(dataset: str, system_prompt: str) -> list[Row]:
 
 
 def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerator) -> dict[str, float]:
-    """Token-exact, as the training evaluates, in the model's own precision (bf16 for an exported one)."""
+    """Token-exact, as the training evaluates, in the precision in which the model answers."""
     tokenizer = load_tokenizer(name)
     examples, _ = encode_rows(rows, tokenizer, max_length, "drop")
     if not examples:
         raise UserError(f"no row has at most {max_length} tokens; raise --max-length")
-    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype="auto")
+    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
     model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
     batches = rank_batches(examples, batch_size=1, micro_batch_tokens=max_length)
     metrics = evaluate(model, batches, accelerator)
