@@ -12,6 +12,7 @@ from ranks import run
 from runs import metrics_of
 
 from data.errors import UserError
+from data.source import SAMPLE
 from tools.compare_models import main as compare
 from tools.compare_models import overlap
 from tools.report import judge, quote, write_report
@@ -24,7 +25,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def overfitted(tmp_path_factory):
     """A run on few rows that gets worse on the others, and stops early."""
     out = tmp_path_factory.mktemp("report") / "run"
-    args = ["tiny", "--val-fraction", "0.85", "--learning-rate", "0.01", "--eval-steps", "5", "--sample-max-new-tokens"]
+    rows = out.parent / "rows.jsonl"
+    rows.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:50]))
+    args = ["tiny", "--dataset", rows, "--val-fraction", "0.7", "--learning-rate", "0.005", "--eval-steps", "5"]
+    args += ["--sample-max-new-tokens"]
     args += ["16", "--early-stopping-patience", "2", "--language", "en", "--output-dir", str(out)]
     done = run(args, log=out.parent / "log", DRAW="1")
     assert done.codes == [0], done.output
@@ -59,7 +63,7 @@ def test_the_figures_of_the_report_are_those_of_the_record(overfitted):
         assert float(cells[6].rstrip(" %")) == round(100 * row["eval/think_accuracy"], 1)
     rise = last["eval/loss"] - best["eval/loss"]
     assert "**Yes.**" in text and "stopped early at step" in text
-    assert f"lowest at step {best['step']} (epoch {best['step'] / 5:.2f}), {best['eval/loss']:.4f}" in text  # 18 rows
+    assert f"lowest at step {best['step']} (epoch {best['step'] / 4:.2f}), {best['eval/loss']:.4f}" in text  # 15 rows
     assert f"from the evaluation at step {after['step']} on" in text
     assert f"a rise of {rise:.4f} ({100 * rise / best['eval/loss']:.1f} %)" in text
     train = [row for row in metrics_of(overfitted) if "train/loss" in row]
@@ -168,7 +172,7 @@ def test_overlap_counts_characters():
 
 
 def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path, tool):
-    args = ["tiny", "--val-fraction", "0.85", "--max-steps", "1", "--num-samples", "0"]
+    args = ["tiny", "--max-steps", "1", "--num-samples", "0"]
     assert run([*args, "--output-dir", tmp_path / "base"]).codes == [0]
     models = [tmp_path / "base/best", overfitted / "best"]
     val = overfitted / "data/val.jsonl"
@@ -178,7 +182,7 @@ def test_comparing_a_model_with_itself_and_with_a_worse_one(overfitted, tmp_path
         tool(compare, *models, *options)
     found = json.loads((tmp_path / "out/compare.json").read_text())
     base, tuned = found["models"]
-    assert found["rows"] == 102 and len(base["replies"]) == 4
+    assert found["rows"] == 35 and len(base["replies"]) == 4
     evaluations = [row for row in metrics_of(overfitted) if "eval/loss" in row]
     expected = min(evaluations, key=lambda row: row["eval/loss"])
     assert tuned["loss"] == pytest.approx(expected["eval/loss"], abs=5e-3)  # bf16 weights
