@@ -14,12 +14,15 @@ from loop.console import is_main_process, refuse
 
 
 def main(args: list[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows \u4e2d instead of an error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     config = parse_config(sys.argv[1:] if args is None else args)
     # Must be set before torch is imported: huge pages for large tensors (1.4 times faster on a CPU).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports wait until the command line is known to be right.
-    from loop.distributed import end_with_launcher
     from loop.fit import fit
+    from loop.launcher import end_with_launcher
     from loop.run_folder import claim
 
     folder = Path(config.output_dir)

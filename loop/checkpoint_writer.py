@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
@@ -25,7 +26,14 @@ MAX_FAILED_SAVES_IN_A_ROW = 3
 
 
 class SaveError(Exception):
-    """Some rank could not write; raised on every rank, with nothing on disk changed."""
+    """Some rank could not write; raised on every rank, with nothing on disk changed.
+
+    is_io: it is the disk that failed, or a writer that does not say; not a mistake that the next time would repeat.
+    """
+
+    def __init__(self, message: str, is_io: bool = True):
+        super().__init__(message)
+        self.is_io = is_io
 
 
 class CheckpointWriter:
@@ -116,7 +124,7 @@ def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: in
             shutil.rmtree(temporary, ignore_errors=True)
         # A full disk may come to light as some other error of a writer.
         free = shutil.disk_usage(root.parent).free / 1e9
-        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}") from error
+        raise SaveError(f"{error}, {free:.1f} GB free in {root.parent}", error.is_io) from error
     if is_main_process():
         for old in checkpoints(root)[save_total_limit:]:
             trash = old.with_name(f".trash-{old.name}")
@@ -127,7 +135,7 @@ def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: in
 def together(write: Callable, group=None, on_main: bool = False):
     """write() on each rank, or on the main process alone, and its value. Raises SaveError on all ranks if it fails on
     one. All ranks."""
-    value = message = None
+    value = failed = None
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     try:
         if rank == 0 or not on_main:
@@ -135,8 +143,9 @@ def together(write: Callable, group=None, on_main: bool = False):
     except IO_ERRORS as error:
         while isinstance(error, CheckpointException):  # it wraps those of all ranks
             rank, (error, _) = next(iter(error.failures.items()))
-        message = f"{type(error).__name__}: {one_line(error)} (rank {rank})"
-    for failure in gather(message, group):
+        is_io = isinstance(error, (OSError, RuntimeError, SafetensorError))
+        failed = f"{type(error).__name__}: {one_line(error)} (rank {rank})", is_io
+    for failure in gather(failed, group):
         if failure is not None:
-            raise SaveError(failure)
+            raise SaveError(*failure)
     return value

@@ -105,6 +105,8 @@ class TrainConfig:
     swanlab_mode: Literal["auto", "online", "offline", "local", "disabled"] = may_change("auto")
 
     # --- this launch ---
+    # Stop after so many hours, with a checkpoint, as a queue's limit asks for; 0 for no limit.
+    max_time: float = may_change(0.0)
     # Go on from the newest complete checkpoint in output_dir; start if there is none.
     resume: bool = may_change(False)
     # Show configuration, data report and one rendered example; load no weights.
@@ -115,7 +117,7 @@ class TrainConfig:
         at_least = {
             -1: "micro_batch_tokens",
             0: "early_stopping_patience early_stopping_min_delta lora_rank num_samples think_weight answer_weight "
-            "learning_rate weight_decay max_grad_norm seed",
+            "learning_rate weight_decay max_grad_norm seed max_time",
             1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps "
             "logging_steps save_steps sample_max_new_tokens",
             2: "save_total_limit",
@@ -125,6 +127,8 @@ class TrainConfig:
             for name in names.split():
                 if not low <= getattr(self, name) < float("inf"):
                     raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32 (4,294,967,296), not {self.seed}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if not 0 <= self.warmup_ratio <= 1:

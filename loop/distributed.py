@@ -1,9 +1,6 @@
 """The processes of a run: how they were launched, and what they tell each other."""
 
-import ctypes
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,13 +25,16 @@ from data.batches import seed_of
 from data.errors import UserError
 from loop.config import TrainConfig
 from loop.console import is_main_process
+from loop.launcher import check_launcher, num_threads
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """One process, DDP or FSDP2, as launched. Raises UserError if the launch is not what it says it is."""
+    check_launcher(config)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
+            dynamo_backend="no",
             # The step divides by the number of targets, and nothing else: no environment variable may divide again.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
@@ -61,10 +61,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     kind = accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
         raise UserError(f"the launcher asked for FSDP, but it is not active on {accelerator.device} ({kind})")
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == "FSDP" and not accelerator.is_fsdp2
-    ):
-        raise UserError(f"{kind} is not supported; one process, DDP and FSDP2 are: see loop/launch/")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP version 1 is not supported; one process, DDP and FSDP2 are: see loop/launch/")
+    if device.type == "cpu" and (threads := num_threads()):
+        torch.set_num_threads(threads)
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
         # accelerate's own would add gradients of ranks in bf16 and round the loss sums.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -136,17 +136,3 @@ def end_processes(accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     time.sleep(0.2)
     accelerator.end_training()
-
-
-def end_with_launcher() -> None:
-    """Has SIGTERM sent to this process when accelerate's one-process launcher dies, which forwards no signal.
-
-    Without it the training would go on as an orphan. Without a launcher a process may outlive its parent on
-    purpose (nohup), and launchers of several processes end them themselves.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if launched and sys.platform == "linux":
-        pr_set_pdeathsig, parent = 1, os.getppid()
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGTERM)

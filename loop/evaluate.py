@@ -1,7 +1,7 @@
 """Token-exact evaluation: the training loss over every held-out row, each counted once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,14 @@ class EvalMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], accelerator: Accelerator) -> EvalMetrics:
-    """micro_batches: this rank's share of the rows, as many as every other rank has.
+def evaluate(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    accelerator: Accelerator,
+    check: Callable[[], None] = lambda: None,
+) -> EvalMetrics:
+    """micro_batches: this rank's share of the rows, as many as every other rank has. check: called before each of
+    them; what it raises ends the evaluation.
 
     Sums are added up exactly on the host and divided once, so the result depends neither on the evaluation batch
     size nor on the number of ranks. The model is left in the mode it came in.
@@ -36,12 +42,15 @@ def evaluate(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], accele
     was_training = model.training
     model.eval()
     sums = []  # of each micro-batch: (loss, correct, count) x (think, answer)
-    for micro_batch in micro_batches:
-        inputs, is_think = to_device(micro_batch, accelerator.device)
-        losses, is_correct = model(**inputs, count_correct=True)
-        measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
-        sums.append(torch.stack([(x * part).sum() for x in measures for part in (is_think, ~is_think)]))
-    model.train(was_training)
+    try:
+        for micro_batch in micro_batches:
+            check()
+            inputs, is_think = to_device(micro_batch, accelerator.device)
+            losses, is_correct = model(**inputs, count_correct=True)
+            measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
+            sums.append(torch.stack([(x * part).sum() for x in measures for part in (is_think, ~is_think)]))
+    finally:
+        model.train(was_training)
     columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
     think_loss, answer_loss, think_correct, answer_correct, think, answer = (total(column) for column in columns)
     return EvalMetrics(

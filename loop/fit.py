@@ -1,5 +1,7 @@
 """The whole training, from top to bottom."""
 
+from contextlib import suppress
+
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -11,7 +13,7 @@ from loop.config import TrainConfig
 from loop.console import say
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
 from loop.evaluate import evaluate
-from loop.interrupt import Interrupt
+from loop.interrupt import Interrupt, Stopped
 from loop.memory import PROFILES
 from loop.resolve import resolve
 from loop.run import Run
@@ -49,18 +51,19 @@ def fit(config: TrainConfig) -> bool:
         say(f"resumed from {run.checkpoint}")
     start, root = state.step, run.folder / "checkpoints"
     eval_batches = data.eval_batches(config)
-    with run:
-        with Interrupt(run.folder) as interrupt, CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
+    with run, Interrupt(run.folder, config.max_time) as interrupt:
+        with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
             while True:
                 # --- evaluate: before the first step, every eval_steps, after the last one ---
                 if run.due(config.eval_steps) and state.last_eval != state.step:
                     check_ranks_agree(model, root)
-                    with method.evaluated_weights(model, optimizers):
-                        run.evaluated(evaluate(model, eval_batches, accelerator), model)
+                    with suppress(Stopped), method.evaluated_weights(model, optimizers):
+                        metrics = evaluate(model, eval_batches, accelerator, interrupt.check)
+                        run.evaluated(metrics, model, interrupt.check)
                     reshard(model)
 
                 # --- checkpoint, stop ---
-                stop = run.is_trained or (state.step > start and interrupt.requested())
+                stop = run.is_trained or interrupt.requested()
                 if (stop or state.step % config.save_steps == 0) and state.step > start:
                     check_ranks_agree(model, root)
                     checkpoints.save(model, optimizers, state)
@@ -74,11 +77,9 @@ def fit(config: TrainConfig) -> bool:
                 metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
                 run.stepped(metrics, batch, optimizers)
             checkpoints.wait(is_last=True)
-        if not run.is_trained:
-            interrupt.done()
         del model, optimizers
         accelerator.free_memory()
-        is_over = run.finish()
+        is_over = run.finish(interrupt)
     end_processes(accelerator)
     return is_over
 

@@ -109,7 +109,7 @@ def predict(
     hidden, mlp = c.hidden_size, c.intermediate_size
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     # What autograd keeps of one token in one layer; the factors are measured in tests/test_memory.py.
-    factors = {(4, 2): (26, 10, 14, 8), (2, 2): (16, 10, 12, 8), (4, 4): (24, 16, 24, 16)}[width, half]
+    factors = {(4, 2): (26, 10, 14, 8), (2, 2): (16, 10, 12, 8), (4, 4): (24, 16, 28, 16)}[width, half]
     layer = tokens * sum(f * size for f, size in zip(factors, (hidden, query, key, mlp), strict=True))
     kept = tokens * hidden * width if profile.gradient_checkpointing else layer
     in_layers = sum(p.numel() for p in causal_lm.model.layers.parameters())

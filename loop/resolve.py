@@ -5,6 +5,7 @@ import math
 import os
 import sys
 
+import torch
 import yaml
 from accelerate import Accelerator
 
@@ -50,15 +51,18 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     say(
         f"{max_steps:,} optimizer steps of {data.rows_per_step(config)} rows (per_device_train_batch_size "
         f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "
-        f"x {processes} processes) on {device}"
+        f"x {processes} processes)"
     )
     if config.dry_run:
         say(show_example(data.train[0], data.tokenizer, color=use_color()))
         say(memory_table(plans, plan.name, device, available))
     else:
+        strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else "one process"
+        threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         say(
+            f"{strategy} on {device}{threads}; mixed precision: {config.mixed_precision}; compile: {config.compile}; "
             f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "
-            f"compile: {config.compile}; mixed precision: {config.mixed_precision}; step file: {config.step_file}"
+            f"step file: {config.step_file}"
         )
     return config, plan
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 import time
-import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,21 +14,32 @@ from tqdm import tqdm
 
 from data.dataset import Data
 from data.encode import digest
+from data.errors import UserError
 from data.rows import split_files
-from loop.checkpoint import newest_sound
 from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
 from loop.distributed import on_main_process
 from loop.evaluate import EvalMetrics
 from loop.files import write_json, write_text
+from loop.interrupt import Interrupt, Stopped
+from loop.launcher import resume_command
 from loop.memory import GIB, PROFILES, Plan
-from loop.run_folder import check_same_run, is_trained, read_run, read_status, write_status
+from loop.run_folder import (
+    FINISHED,
+    check_same_run,
+    find_start,
+    is_over,
+    is_trained,
+    read_run,
+    read_status,
+    write_status,
+)
 from loop.samples import Samples
-from loop.state import StepMetrics, TrainState, learning_rates, read_state
+from loop.state import StepMetrics, TrainState, learning_rates
 from loop.step_file import record
 from loop.tracking import Tracker, peak_memory_gib
-from model.export import card, export, restore_export
+from model.export import card, export
 
 
 class Run:
@@ -54,20 +65,16 @@ class Run:
             "world_size": accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
-        self.checkpoint, self.info["step_files"], run_id = on_main_process(self.open)
-        self.state = read_state(self.checkpoint) if self.checkpoint else TrainState(run_id)
+        self.checkpoint, self.state, self.info["step_files"] = on_main_process(self.open)
         self.bar, self.tracker = None, None
         self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0  # trained since the last row of train metrics
 
-    def open(self) -> tuple[Path | None, list[dict], str]:
-        """The checkpoint to go on from, the step files so far, and a new id for SwanLab. Main process alone."""
+    def open(self) -> tuple[Path | None, TrainState, list[dict]]:
+        """The checkpoint to go on from, its state, and the step files so far. Main process alone."""
         check_same_run(self.folder, self.info)
-        restore_export(self.best)
-        checkpoint = newest_sound(self.folder / "checkpoints") if self.config.resume else None
-        start = read_state(checkpoint).step if checkpoint else 0
+        checkpoint, state = find_start(self.config)
         before = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
-        step_files = record(self.folder, self.step_file, self.launch["optimizers"], before, start)
-        return checkpoint, step_files, uuid.uuid4().hex[:12]
+        return checkpoint, state, record(self.folder, self.step_file, self.launch["optimizers"], before, state.step)
 
     @property
     def has_same_optimizers(self) -> bool:
@@ -77,15 +84,12 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        return self.state.step >= self.config.max_steps or self.is_stopped_early
-
-    @property
-    def is_stopped_early(self) -> bool:
-        return self.state.is_out_of_patience(self.config.early_stopping_patience)
+        return is_over(self.state, self.config)
 
     @property
     def is_finished(self) -> bool:
-        return self.is_trained and read_status(self.folder).get("status") in ("completed", "early_stopped")
+        lost_checkpoints = self.checkpoint is None and self.state.step > 0
+        return (self.is_trained or lost_checkpoints) and read_status(self.folder).get("status") in FINISHED
 
     def due(self, interval: int) -> bool:
         return self.state.step % interval == 0 or self.state.step == self.config.max_steps
@@ -99,8 +103,8 @@ class Run:
             for name, text in split_files(self.data.split).items():
                 write_text(self.folder / "data" / name, text)
         more = self.info | self.launch | {"step_file_sha256": self.info["step_files"][-1]["sha256"]}
-        self.tracker = Tracker(self.config, self.state.run_id, self.state.step, more)
-        self.samples = Samples(self.config, self.data, self.tracker, self.state.step)
+        self.tracker = Tracker(self.config, self.state, more)
+        self.samples = Samples(self.config, self.data, self.tracker, self.state)
         self.report("running")
         self.bar = tqdm(
             total=self.config.max_steps,
@@ -114,10 +118,8 @@ class Run:
     def __exit__(self, kind, error, _) -> None:
         self.bar.close()
         if error is not None:
-            # After its training a run is no longer asked to stop but stopped: --resume then makes what is missing.
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else getattr(error, "status", "failed")
-            self.report(status, error=f"{kind.__name__}: {error}")
-            self.tracker.finish("aborted" if status == "interrupted" else "crashed", f"{kind.__name__}: {error}")
+            self.report(getattr(error, "status", "failed"), error=f"{kind.__name__}: {error}")
+            self.tracker.finish("crashed", f"{kind.__name__}: {error}")
 
     def report(self, status: str, **more) -> None:
         if is_main_process():
@@ -125,14 +127,18 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
 
-    def evaluated(self, metrics: EvalMetrics, model) -> None:
-        """Exports the model if its loss is the lowest so far, records the evaluation, and has the model answer."""
+    def evaluated(self, metrics: EvalMetrics, model, check: Callable) -> None:
+        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. check: may
+        raise while the model answers, which leaves everything as it was. Raises UserError if no export can be made."""
         state, is_best = self.state, self.state.is_better(metrics.loss)
+        rates = self.samples.answer(model, self.accelerator, state.step, check)
         try:
             if is_best:
                 self.export(metrics, model)
             state.evaluated(metrics.loss, self.config.early_stopping_min_delta, is_best)
         except SaveError as error:  # best_loss is always that of the model in best/
+            if not error.is_io:
+                raise UserError(f"the model cannot be exported, so nothing is trained: {error}") from error
             state.last_eval, is_best = state.step, False
             warn(f"the best model of step {state.step} could not be written: {error}")
         best_loss = math.nan if state.best_loss is None else state.best_loss
@@ -143,7 +149,7 @@ class Run:
         )
         row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-        self.tracker.log(row | self.samples.answer(model, self.accelerator, state.step), state.step)
+        self.tracker.log(row | rates, state.step)
         self.clock = time.perf_counter()
 
     def export(self, metrics: EvalMetrics, model) -> None:
@@ -190,19 +196,26 @@ class Run:
         self.bar.update()
         self.clock = time.perf_counter()
 
-    def finish(self) -> bool:
+    def finish(self, interrupt: Interrupt) -> bool:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
         self.bar.close()
-        state, best = self.state, self.best
+        state, best, is_done = self.state, self.best, self.is_trained
         say(f"peak memory {peak_memory_gib(self.accelerator.device):.1f} GiB; predicted {self.plan.total / GIB:.1f}")
-        if self.is_trained:
-            status = "early_stopped" if self.is_stopped_early else "completed"
+        if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN
+            try:
+                device, check = self.accelerator.device, interrupt.check_here
+                self.samples.answer_with_best(best, device, state.best_step, state.step, check)
+            except Stopped:
+                is_done = False
+        status = "completed" if is_done else "interrupted"
+        if is_done and state.is_out_of_patience(self.config.early_stopping_patience):
+            status = "early_stopped"
+        if is_done:
             say(f"{status.replace('_', ' ')}: {state.summary(best)}")
-            if is_main_process() and best.exists():  # there is none if every evaluation was NaN
-                self.samples.answer_with_best(best, self.accelerator.device, state.best_step, state.step)
         else:
-            status = "interrupted"
-            say(f"interrupted, with a checkpoint: {state.summary(best)}. Go on: the same command --resume")
+            interrupt.done()
+            where = "with a checkpoint" if state.step else "before the first step"
+            say(f"interrupted, {where}: {state.summary(best)}. Go on: {resume_command()}")
         self.report(status, best_step=state.best_step, best_loss=state.best_loss)
-        self.tracker.finish("success" if self.is_trained else "aborted")
-        return self.is_trained
+        self.tracker.finish("success" if is_done else "aborted")
+        return is_done

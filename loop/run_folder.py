@@ -10,14 +10,20 @@ import dataclasses
 import fcntl
 import json
 import os
+import uuid
 from pathlib import Path
 
 from data.errors import UserError
+from loop.checkpoint import newest_sound
 from loop.config import TrainConfig
+from loop.console import warn
 from loop.files import write_json
+from loop.state import TrainState, read_state
+from model.export import restore_export
 
 # Settings that another launch may change, and what is recorded apart from them.
 FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")} | {"step_files"}
+FINISHED = ("completed", "early_stopped")
 TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
 
@@ -79,6 +85,49 @@ def check_same_run(output_dir: Path, settings: dict) -> None:
             + "\n  ".join(changed)
             + "\nLaunch it as it was, or start another run: --output-dir OTHER"
         )
+
+
+def find_start(config: TrainConfig) -> tuple[Path | None, TrainState]:
+    """The newest sound checkpoint, if the run goes on, and the state in it; else a new one. One rank alone.
+
+    Raises UserError if a start from step 0 would replace something trained, or if a finished run lost its model.
+    """
+    folder, best = Path(config.output_dir), Path(config.output_dir) / "best"
+    restore_export(best)
+    checkpoint = newest_sound(folder / "checkpoints") if config.resume else None
+    if checkpoint is None:
+        return None, without_checkpoint(folder)
+    state = read_state(checkpoint)
+    if state.best_loss is not None and not best.is_dir():
+        missing = f"{best}, the model of step {state.best_step}, is missing"
+        if is_over(state, config):
+            raise UserError(f"this run is finished, but {missing}; put it back, or train again: --output-dir OTHER")
+        warn(f"{missing}; the model of the next evaluation takes its place")
+        state.best_loss = None
+    return checkpoint, state
+
+
+def without_checkpoint(folder: Path) -> TrainState:
+    """The state of a run that begins, or that was finished and has lost its checkpoints."""
+    metrics, best, status = folder / "metrics.jsonl", folder / "best", read_status(folder)
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    step = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    if not step and (metrics.exists() or not best.exists()):
+        return TrainState(run_id=uuid.uuid4().hex[:12])  # at most the model before its first step is there
+    if status.get("status") in FINISHED and best.exists():
+        end = {name: status[name] for name in ("step", "best_step", "best_loss")}
+        return TrainState(run_id="", **end)
+    raise UserError(
+        f"{folder} was trained up to step {step or 'unknown'}, but has no sound checkpoint to go on from, and a start "
+        "from step 0 would replace what is there. Put its checkpoints/ back, with the files whose names begin with a "
+        f"dot; or train on from its model: --model {best} --output-dir OTHER"
+    )
+
+
+def is_over(state: TrainState, config: TrainConfig) -> bool:
+    """Whether all of the training is done, its last evaluation too."""
+    out_of_patience = state.is_out_of_patience(config.early_stopping_patience)
+    return state.last_eval == state.step and (state.step >= config.max_steps or out_of_patience)
 
 
 def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:

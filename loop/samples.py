@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from data.encode import render_prompt
 from data.rows import Row
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
+from loop.state import TrainState
 from loop.tracking import Tracker, keep_rows
 from model.generate import Reply, format_rates, load_for_generation, ready_to_generate, reply_to
 
@@ -21,8 +23,8 @@ NUM_OF_BEST = 32  # questions that the best model answers
 class Samples:
     """samples.jsonl: a line for each question and evaluation. The main process writes."""
 
-    def __init__(self, config: TrainConfig, data: Data, tracker: Tracker, step: int):
-        """Validation rows that were left out as too long are not asked. Keeps the lines up to step."""
+    def __init__(self, config: TrainConfig, data: Data, tracker: Tracker, state: TrainState):
+        """Validation rows that were left out as too long are not asked. Keeps the lines up to the state."""
         fitting = {example.location for example in data.val}
         self.rows = [row for row in data.split.val if row.location in fitting]
         self.num_samples = config.num_samples
@@ -30,10 +32,11 @@ class Samples:
         self.tokenizer, self.tracker = data.tokenizer, tracker
         self.path = Path(config.output_dir) / "samples.jsonl"
         if is_main_process():
-            keep_rows(self.path, step, lambda row: row["model"] == "training")
+            keep_rows(self.path, state.step, lambda row: row["model"] == "training" and row["step"] <= state.last_eval)
 
-    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """The model in training answers the first questions; returns its format rates. All ranks.
+    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int, check: Callable) -> dict[str, float]:
+        """The model in training answers the first questions; returns its format rates. check: may raise, which ends
+        it with nothing written. All ranks.
 
         Each rank computes the same answers, because with FSDP2 every forward needs all of them.
         """
@@ -43,18 +46,18 @@ class Samples:
         generate = functools.partial(sft_model.generate, synced_gpus=accelerator.is_fsdp2)
         with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
             asked = prompts(rows, self.tokenizer)
-            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate)
+            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate, check)
         if is_main_process():
             self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
         return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
 
-    def answer_with_best(self, best: Path, device: torch.device, best_step: int, step: int) -> None:
+    def answer_with_best(self, best: Path, device: torch.device, best_step: int, step: int, check: Callable) -> None:
         """The best model answers up to 32 questions; the first few are printed. One rank alone."""
         if not self.num_samples:
             return
         causal_lm, tokenizer = load_for_generation(best, device)
         rows = self.rows[:NUM_OF_BEST]
-        replies = reply_to(causal_lm, tokenizer, prompts(rows, tokenizer), self.max_new_tokens)
+        replies = reply_to(causal_lm, tokenizer, prompts(rows, tokenizer), self.max_new_tokens, check=check)
         lines = [line(best_step, "best", row, reply) for row, reply in zip(rows, replies, strict=True)]
         self.write(lines)
         rates = format_rates(replies)

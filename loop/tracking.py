@@ -18,6 +18,7 @@ from data.errors import UserError
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
 from loop.files import write_text
+from loop.state import TrainState
 
 FINISH_SECONDS = 60  # an online finish waits for the network without end
 FAILURES_IN_A_ROW = 20
@@ -60,8 +61,8 @@ def drop_project_variable() -> None:
 class Tracker:
     """Writes metrics on the main process; on every other one each call does nothing."""
 
-    def __init__(self, config: TrainConfig, run_id: str, step: int, more: dict):
-        """Opens metrics.jsonl, keeping the rows up to `step`, and starts SwanLab.
+    def __init__(self, config: TrainConfig, state: TrainState, more: dict):
+        """Opens metrics.jsonl, keeping the rows up to the state, and starts SwanLab.
 
         config: with the mode that `choose_mode` chose. more: versions, device, counts and the like.
         """
@@ -69,9 +70,9 @@ class Tracker:
         if not is_main_process():
             return
         self.directory = Path(config.output_dir) / "swanlog"
-        self.run_id = run_id
+        self.run_id = state.run_id
         path = Path(config.output_dir) / "metrics.jsonl"
-        keep_rows(path, step)
+        keep_rows(path, state.step, lambda row: "eval/loss" not in row or row["step"] <= state.last_eval)
         self.file = path.open("a", encoding="utf-8", buffering=1)
         if config.swanlab_mode != "disabled":
             self.start_swanlab(config, more)

@@ -1,6 +1,7 @@
 """The trained model as a folder that stands alone: weights, tokenizer, configuration, model card, Modelfile."""
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from transformers import GenerationConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from loop.files import write_json
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
 
@@ -51,6 +54,8 @@ def export(
     config.save_pretrained(temporary)
     generation_config(causal_lm, tokenizer).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    speak_to_version_4(temporary)
+    check_weights(temporary, config)
     for name, text in (texts or {}).items():
         (temporary / name).write_text(text, encoding="utf-8")
     for path in [path for path in temporary.rglob("*") if path.is_file()]:
@@ -62,6 +67,33 @@ def export(
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def speak_to_version_4(folder: Path) -> None:
+    """What transformers 4 reads under other names, and would replace by a default without a word."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # 4 would take 10,000
+    write_json(folder / "config.json", config)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def check_weights(folder: Path, config) -> None:
+    """Raises ValueError if the weights in a folder have not the names and shapes that a model of config reads."""
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config)
+    wanted = {name: list(weight.shape) for name, weight in fresh.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    if found != wanted:
+        name = min(name for name in found | wanted if found.get(name) != wanted.get(name))
+        raise ValueError(f"{name} was written as {found.get(name)}, and a fresh model has {wanted.get(name)}")
 
 
 def restore_export(folder: Path) -> None:

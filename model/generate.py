@@ -78,17 +78,22 @@ def ready_to_generate(causal_lm):
 
 @torch.no_grad()
 def reply_to(
-    causal_lm, tokenizer, prompts: list[str], max_new_tokens: int, generate: Callable | None = None
+    causal_lm,
+    tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    generate: Callable | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Reply]:
     """Greedy replies to prompts as the chat template renders them, some at a time with a cache of keys and values.
 
     A prompt that fills the model's context gets an empty reply. generate: causal_lm's own, or a function that
-    gathers the weights first.
+    gathers the weights first. check: called after each token; what it raises ends the replies.
     """
     if len(prompts) > BATCH:
-        starts = range(0, len(prompts), BATCH)
-        batches = [reply_to(causal_lm, tokenizer, prompts[i : i + BATCH], max_new_tokens, generate) for i in starts]
-        return [reply for batch in batches for reply in batch]
+        batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+        replies = [reply_to(causal_lm, tokenizer, batch, max_new_tokens, generate, check) for batch in batches]
+        return [reply for batch in replies for reply in batch]
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     limit = causal_lm.config.max_position_embeddings
     fitting = [index for index, row in enumerate(rows) if len(row) < limit]
@@ -107,6 +112,7 @@ def reply_to(
         temperature=None,
         top_k=None,
         top_p=None,
+        stopping_criteria=[lambda ids, *_, **__: check() or torch.zeros(len(ids), dtype=torch.bool, device=ids.device)],
     )
     for index, ids in zip(fitting, output[:, length:].tolist(), strict=True):
         replies[index] = split_reply(ids, tokenizer, end_tokens(causal_lm), has_block(prompts[index]))

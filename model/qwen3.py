@@ -121,9 +121,10 @@ def load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        causal_lm.generation_config = generation_config(causal_lm, tokenizer)
+        causal_lm.generation_config.validate(strict=True)  # or no export could be written
     except Exception as error:
         raise UserError(f"cannot load {model}: {one_line(error)}") from error
-    causal_lm.generation_config = generation_config(causal_lm, tokenizer)
     if gradient_checkpointing:
         # transformers renamed it after 5.17; both are non-reentrant by default.
         getattr(causal_lm, "activation_checkpointing_enable", causal_lm.gradient_checkpointing_enable)()
@@ -178,8 +179,9 @@ def tiny_config(tokenizer) -> Qwen3Config:
 
 
 def generation_config(causal_lm, tokenizer) -> GenerationConfig:
-    """Both end tokens, Qwen3's sampling if the source model has none of its own."""
-    own = causal_lm.generation_config.to_diff_dict() if causal_lm.generation_config else {}
+    """Both end tokens, and Qwen3's sampling if the source model has none of its own, as a base model has."""
+    own = causal_lm.generation_config.to_dict() if causal_lm.generation_config else {}
+    own = {name: value for name, value in own.items() if own.get("do_sample") and value is not None}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     end = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     known = {name: own.get(name, value) for name, value in sampling.items()}

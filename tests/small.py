@@ -5,6 +5,6 @@ What is started through the command line in a process of its own trains `tiny` a
 
 import model.qwen3
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "intermediate_size": 192}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "intermediate_size": 64}
 Qwen3Config = model.qwen3.Qwen3Config
 model.qwen3.Qwen3Config = lambda **sizes: Qwen3Config(**{**sizes, **SMALL})

@@ -62,7 +62,9 @@ def test_kills_around_every_evaluation_change_neither_best_nor_patience_nor_stop
     assert status_of(straight)["status"] == "early_stopped" and stopping["patience_count"] == 3
     assert stopping["best_step"] == last - 3 < int(checkpoints(straight / "checkpoints")[-1].name[5:])
     args = command("one", *more, "--output-dir", out, "--resume")
-    for step in range(last + 1):
+    for step in (0, *range(2, last + 1)):
+        if step == 2:  # before the first checkpoint there is nothing to go on from
+            assert run(args, "one", "signal_in_step(0)", tmp_path / "log").codes == [0]
         for moment in ("before", "evaluated", "exported", "logged"):
             outcome = run(args, "one", f"kill_around_evaluation({step}, {moment!r})", tmp_path / "log")
             assert outcome.codes == [-9], (step, moment, outcome.output)
@@ -73,11 +75,61 @@ def test_kills_around_every_evaluation_change_neither_best_nor_patience_nor_stop
     assert outcome.codes == [0] and "is finished" in outcome.output and files_of(out) == before
 
 
+@pytest.mark.parametrize("lost", ["rm", "dotfiles", "never"])
+def test_what_was_trained_is_never_replaced_by_a_start_from_step_0(command, whole, lost, tmp_path):
+    """Checkpoints removed, copied without the files that begin with a dot, or a kill before the first one."""
+    out = tmp_path / "run"
+    args = command("one", "--output-dir", out, "--resume")
+    if lost == "never":
+        assert run(args, "one", "kill_around_evaluation(2, 'logged')", tmp_path / "log").codes == [-9]
+        shutil.rmtree(out / "checkpoints")
+    else:
+        shutil.copytree(whole, out)
+        if lost == "rm":
+            shutil.rmtree(out / "checkpoints")
+        for path in list(out.rglob(".metadata")):
+            path.unlink()
+        before = files_of(out / "best")
+        outcome = run(args, log=tmp_path / "log")  # a finished run says that it is finished
+        assert outcome.codes == [0] and "is finished: step 8" in outcome.output
+        assert files_of(out / "best") == before and (out / "metrics.jsonl").read_bytes()
+        status = status_of(out)
+        (out / "run_status.json").write_text(json.dumps({**status, "status": "interrupted"}))
+    before = {name: files_of(out)[name] for name in ("metrics.jsonl", "samples.jsonl", "best/model.safetensors")}
+    refusal = run(args, log=tmp_path / "log")
+    refused(refusal, "no sound checkpoint", "--output-dir OTHER", f"--model {out / 'best'}")
+    assert {name: files_of(out)[name] for name in before} == before
+
+
+def test_a_model_that_was_moved_away_is_missed(command, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "best")
+    args = command("one", "--output-dir", out, "--resume")
+    refused(run(args, log=tmp_path / "log"), str(out / "best"), "is missing")
+    shutil.rmtree(out)
+    assert run(args, "one", "signal_in_step(3)", tmp_path / "log").codes == [0]
+    shutil.rmtree(out / "best")
+    outcome = run(args, log=tmp_path / "log")
+    assert outcome.codes == [0] and "is missing; the model of the next evaluation" in outcome.output
+    assert trainer_of(newest(out))["best_step"] == trainer_of(newest(whole))["best_step"]
+    assert files_of(out / "best") == files_of(whole / "best")
+
+
+def test_a_stop_file_from_before_stops_nothing(command, whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "STOP").touch()
+    outcome = run(command("one", "--output-dir", out), log=tmp_path / "log")
+    assert outcome.codes == [0] and f"removed {out / 'STOP'}" in outcome.output
+    assert_same_end(out, whole)
+
+
 def test_ctrl_c_after_the_training_is_an_interruption(command, whole, tmp_path):
     """The training is done and saved; --resume answers the questions that are left."""
     args = command("one", "--output-dir", tmp_path / "run", "--resume")
     outcome = run(args, "one", "interrupt_in_last_answers()", tmp_path / "log")
-    assert outcome.codes == [130] and "Traceback" not in outcome.output
+    assert outcome.codes == [0] and "Traceback" not in outcome.output
     assert (status_of(tmp_path / "run")["status"], status_of(tmp_path / "run")["step"]) == ("interrupted", 8)
     assert run(args, log=tmp_path / "log").codes == [0]
     assert_same_end(tmp_path / "run", whole)

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run
 from runs import files_of, newest, weights_and_moments
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from data.encode import encode_rows
@@ -247,15 +248,9 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(place, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tokenizer, model_folder, tmp_path):
     args = [*SHORT, "--output-dir", tmp_path / "run", "--resume", "--model", model_folder]
     assert run(args, "one", "signal_in_step(0)", log=tmp_path / "log").codes == [0]
-    model = load_model(str(model_folder), tokenizer, gradient_checkpointing=False)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers, model.config.layer_types = 2, model.config.layer_types[:2]
-    model.model.norm.weight = torch.nn.Parameter(torch.ones(128))
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(128, 400, bias=False)
-    model.model.layers[0].mlp.down_proj = torch.nn.Linear(400, 128, bias=False)
-    model.model.layers[0].mlp.gate_proj = torch.nn.Linear(128, 400, bias=False)
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    model.config.intermediate_size = 400
+    config = AutoConfig.from_pretrained(model_folder)
+    config.num_hidden_layers, config.layer_types, config.intermediate_size = 1, config.layer_types[:1], 96
+    model = AutoModelForCausalLM.from_config(config)
     export(model, model.state_dict(), tokenizer, tmp_path / "other")
     before = files_of(tmp_path / "run/checkpoints")
     outcome = run([*args[:-1], tmp_path / "other"], log=tmp_path / "log")

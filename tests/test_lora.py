@@ -40,7 +40,7 @@ def test_only_the_updates_are_trained(trained):
     assert all(torch.equal(frozen[name], base[name]) for name in base)
     assert {name for name, p in model.causal_lm.named_parameters() if p.requires_grad} == {
         f"model.layers.{layer}.{part}.lora_{ab}.default.weight"
-        for layer in range(4)
+        for layer in range(model.causal_lm.config.num_hidden_layers)
         for ab in "AB"
         for part in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     }

@@ -17,6 +17,7 @@ from data.rows import Row, to_messages
 from loop.config import TrainConfig
 from loop.evaluate import evaluate
 from loop.samples import Samples, prompts
+from loop.state import TrainState
 from loop.step import train_step
 from loop.tracking import Tracker, keep_rows
 from model.generate import Reply, format_rates, has_block, ready_to_generate, reply_to, split_reply
@@ -127,8 +128,9 @@ def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
 
 def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, capsys):
     config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
-    tracker = Tracker(config, "id", 0, {})
-    samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, 0)
+    state = TrainState("id")
+    tracker = Tracker(config, state, {})
+    samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, state)
     samples.path = tmp_path / "no folder" / "samples.jsonl"
     samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])
     assert "warning" in capsys.readouterr().err

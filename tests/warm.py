@@ -4,6 +4,7 @@
 import tempfile
 from pathlib import Path
 
+import small  # noqa: F401
 import torch
 
 from model.export import TEMPLATES, export
