@@ -1,11 +1,13 @@
 """Whole runs of train.py in forked processes: one process, DDP or FSDP2 on a CPU, with faults put in."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,18 @@ SERVER.set_forkserver_preload(
      "train", "loop.fit", "loop.step", "tools.report", "model.qwen3", "faults", "warm",
      "swanlab", "peft", "torchao.optim"]
 )  # fmt: skip
+
+
+@functools.cache
+def start_server() -> None:
+    """Before Python 3.12 the server does not get sys.path, and what it cannot import it leaves out without a word."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    forkserver.ensure_running()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
 
 
 class Outcome(NamedTuple):
@@ -36,6 +50,7 @@ class Ranks:
                 free.bind(("127.0.0.1", 0))
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
             variables |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        start_server()
         self.log = Path(log or os.devnull)
         self.processes = []
         for rank in range(world):
