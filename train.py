@@ -10,19 +10,17 @@ from pathlib import Path
 
 from data.errors import UserError
 from loop.command_line import parse_config
-from loop.console import is_main_process, refuse
+from loop.console import is_main_process, prepare_terminal, refuse
 
 
 def main(args: list[str] | None = None) -> None:
-    for stream in (sys.stdout, sys.stderr):  # a terminal without Chinese shows \u4e2d instead of an error
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_terminal()
     config = parse_config(sys.argv[1:] if args is None else args)
     # Must be set before torch is imported: huge pages for large tensors (1.4 times faster on a CPU).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Heavy imports wait until the command line is known to be right.
     from loop.fit import fit
-    from loop.launcher import end_with_launcher
+    from loop.launcher import chat_command, end_with_launcher
     from loop.run_folder import claim
 
     folder = Path(config.output_dir)
@@ -33,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
             if fit(config) and is_writer and (folder / "best").exists():
                 from tools.report import write_report
 
-                print(f"report: {write_report(folder, config.language)}\nchat: python -m tools.chat {folder / 'best'}")
+                print(f"report: {write_report(folder, config.language)}\nchat: {chat_command(folder / 'best')}")
     except UserError as error:
         refuse(str(error))
     except BrokenPipeError:  # the reader of what is printed has gone

@@ -5,7 +5,7 @@ from data.encode import Example
 COLORS = {"prompt": "\033[2m", "think": "\033[33m", "answer": "\033[32m"}
 
 
-def report_table(report: dict) -> str:
+def report_table(report: dict, dry_run: bool = False) -> str:
     """The short form of data_report.json: counts, lengths in tokens, the first problems."""
     lines = [
         f"{'data':<10}{'examples':>9}{'tokens':>10}{'think':>10}{'answer':>10}{'median':>8}{'max':>7}{'truncated':>11}{'dropped':>9}"
@@ -26,7 +26,8 @@ def report_table(report: dict) -> str:
         f"  {problem['location']} {problem['problem']}: {problem['action']}" for problem in report["problems"][:5]
     ]
     if len(report["problems"]) > 5:
-        lines.append(f"  ... and {len(report['problems']) - 5:,} more in data_report.json")
+        where = ", which a run lists in data_report.json" if dry_run else " in data_report.json"
+        lines.append(f"  ... and {len(report['problems']) - 5:,} more{where}")
     return "\n".join(lines)
 
 

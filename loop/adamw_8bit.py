@@ -2,7 +2,7 @@
 
 import torch
 
-from data.errors import UserError
+from data.errors import cannot_import
 
 
 def adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
@@ -11,7 +11,7 @@ def adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
         from torchao import optim
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
-        raise UserError('this memory profile needs torchao: pip install -e ".[lowmem]"') from error
+        raise cannot_import(error, "torchao", "lowmem") from error
 
     class AdamW8bit(optim.AdamW8bit):
         def step(self, closure=None):

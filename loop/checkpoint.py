@@ -49,7 +49,10 @@ def newest_sound(root: Path) -> Path | None:
 
     Damaged ones are kept aside as .bad-step-<step>; what a kill left half done is removed.
     """
-    for leftover in [*root.glob(".tmp-*"), *root.glob(".trash-*")]:
+    for old in root.glob(".old-step-*"):  # it was being replaced by one of the same step
+        if not (folder := old.with_name(old.name.removeprefix(".old-"))).exists():
+            old.rename(folder)
+    for leftover in [*root.glob(".tmp-*"), *root.glob(".trash-*"), *root.glob(".old-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for folder in checkpoints(root):
         damage = verify(folder)

@@ -112,8 +112,12 @@ def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: in
         files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
         write_json(temporary / "manifest.json", files)
         sync_folder(temporary / "state")
+        old = root / f".old-{folder.name}"
+        if folder.exists():  # saved before its evaluation, which was interrupted
+            folder.rename(old)
         temporary.rename(folder)
         sync_folder(root)
+        shutil.rmtree(old, ignore_errors=True)
 
     try:
         together(begin, group, on_main=True)

@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
+import shlex
 from pathlib import Path
 
 import tyro
@@ -29,6 +31,11 @@ def parse_config(args: list[str]) -> TrainConfig:
     preset = args.pop(0) if args and not args[0].startswith("-") else "medical"
     if preset not in PRESETS:
         refuse(f"there is no preset {preset!r}; did you mean {nearest(preset, PRESETS)!r}?")
+    values = {f"--{name}" for name in ("resume", "no-resume", "dry-run", "no-dry-run")}  # flags without a value
+    for before, word in itertools.pairwise(args):
+        if word in PRESETS and (not before.startswith("-") or "=" in before or before in values):
+            rest = [other for other in args if other != word]
+            refuse(f"the preset comes first: train.py {shlex.join([word, *rest])}")
     file_option = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     file_option.add_argument("--config")
     try:
@@ -41,7 +48,7 @@ def parse_config(args: list[str]) -> TrainConfig:
             config = read_yaml(known.config, config)
         config = read_flags(flags, config, f"train.py {preset}", quiet=not is_main_process())
         config.check()
-        return config
+        return dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
     except ValueError as error:
         refuse(str(error))
 

@@ -13,6 +13,7 @@ def may_change(default):
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     # --- data ---
+
     # ModelScope dataset id, a local .jsonl/.json/.csv/.parquet file, or `sample` (embedded).
     dataset: str = may_change("krisfu/delicate_medical_r1_data")
     # System prompt of rows without a system message; an empty string leaves it out.
@@ -25,6 +26,7 @@ class TrainConfig:
     val_fraction: float = 0.1
 
     # --- model ---
+
     # ModelScope model id, a local Hugging Face folder, or `tiny` (embedded, random weights).
     model: str = may_change("Qwen/Qwen3-1.7B")
     # Rank of LoRA's updates, trained instead of the weights; 0 trains all parameters.
@@ -40,6 +42,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = may_change("auto")
 
     # --- optimizer step ---
+
     # The method: a Python file with the functions of loop/step.py; recipes/ has more.
     step_file: str = may_change("loop/step.py")
     # Rows in one micro-batch on each process.
@@ -64,6 +67,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
 
     # --- length of the run ---
+
     # Passes over the training rows.
     num_train_epochs: float = 2
     # Optimizer steps in all; above 0 it replaces num_train_epochs.
@@ -72,6 +76,7 @@ class TrainConfig:
     seed: int = 42
 
     # --- evaluation ---
+
     # Evaluate every N steps (and before the first and after the last one).
     eval_steps: int = 100
     # Rows in one evaluation micro-batch on each process; the loss does not depend on it.
@@ -88,6 +93,7 @@ class TrainConfig:
     sample_max_new_tokens: int = may_change(1024)
 
     # --- output ---
+
     # Folder of the run: data/, checkpoints/, best/, metrics.jsonl, samples.jsonl, report.md.
     output_dir: str = may_change("outputs/qwen3-1.7b-medical")
     # Write train metrics every N steps.
@@ -105,6 +111,7 @@ class TrainConfig:
     swanlab_mode: Literal["auto", "online", "offline", "local", "disabled"] = may_change("auto")
 
     # --- this launch ---
+
     # Stop after so many hours, with a checkpoint, as a queue's limit asks for; 0 for no limit.
     max_time: float = may_change(0.0)
     # Go on from the newest complete checkpoint in output_dir; start if there is none.

@@ -1,8 +1,19 @@
 """Messages to the person at the terminal: said once, by the main process."""
 
+import logging
 import os
 import sys
 from typing import NoReturn
+
+
+def prepare_terminal() -> None:
+    """Shows \\u4e2d where the terminal has no Chinese, instead of an error; and keeps libraries quiet about what they
+    could load and do without."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def is_main_process() -> bool:

@@ -22,6 +22,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder last through a power cut, as fsync does for a file's bytes."""
+    if os.name == "nt":  # Windows opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

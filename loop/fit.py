@@ -49,7 +49,7 @@ def fit(config: TrainConfig) -> bool:
     if run.checkpoint:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(f"resumed from {run.checkpoint}")
-    start, root = state.step, run.folder / "checkpoints"
+    start, root = (state.step, state.last_eval), run.folder / "checkpoints"
     eval_batches = data.eval_batches(config)
     with run, Interrupt(run.folder, config.max_time) as interrupt:
         with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
@@ -59,12 +59,13 @@ def fit(config: TrainConfig) -> bool:
                     check_ranks_agree(model, root)
                     with suppress(Stopped), method.evaluated_weights(model, optimizers):
                         metrics = evaluate(model, eval_batches, accelerator, interrupt.check)
-                        run.evaluated(metrics, model, interrupt.check)
+                        run.evaluated(metrics, model, interrupt)
                     reshard(model)
 
                 # --- checkpoint, stop ---
                 stop = run.is_trained or interrupt.requested()
-                if (stop or state.step % config.save_steps == 0) and state.step > start:
+                is_new = state.step > 0 and (state.step, state.last_eval) != start
+                if is_new and (stop or state.step % config.save_steps == 0):
                     check_ranks_agree(model, root)
                     checkpoints.save(model, optimizers, state)
                 if stop:

@@ -12,6 +12,7 @@ from data.errors import UserError
 from loop.config import TrainConfig
 from loop.console import warn
 
+ROOT = Path(__file__).resolve().parent.parent
 # Variables by which accelerate would set what a setting of the loop decides.
 DECIDED_HERE = {
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
@@ -72,6 +73,13 @@ def resume_command() -> str:
             words = [os.fsdecode(word) for word in Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")]
             command[2 : -len(sys.argv)] = words[words.index("launch") + 1 : words.index(sys.argv[0])]
     return shlex.join([word for word in command if word not in ("--resume", "--no-resume")] + ["--resume"])
+
+
+def chat_command(model: Path) -> str:
+    """To be typed in the folder of this launch."""
+    if Path.cwd() == ROOT:
+        return f"python -m tools.chat {shlex.quote(str(model))}"
+    return f"(cd {shlex.quote(str(ROOT))} && python -m tools.chat {shlex.quote(str(model.resolve()))})"
 
 
 def end_with_launcher() -> None:

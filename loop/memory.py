@@ -6,6 +6,7 @@ The prediction is an upper bound in eager mode; compiled layers keep less. GiB a
 import os
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from data.errors import UserError
@@ -132,12 +133,19 @@ def predict(
     return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
 
 
+def disk_of(plan: Plan, causal_lm, config: TrainConfig, shards: int) -> float:
+    """Most bytes that a run has on disk: its checkpoints and the one being written, best/ and the one before it."""
+    checkpoint = (plan.needs["weights"] + plan.needs["optimizer states"]) * shards
+    number = min(config.save_total_limit, config.max_steps // config.save_steps) + 1
+    return number * checkpoint + 2 * 2 * causal_lm.num_parameters()
+
+
 def memory_of(device: torch.device) -> float:
     """Bytes of the device's memory; of a CPU, this process's share of the machine's."""
     backend = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(backend, "mem_get_info"):
         return backend.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def memory_table(plans: dict[str, Plan], chosen: str, device: torch.device, available: float) -> str:

@@ -3,18 +3,21 @@
 import dataclasses
 import math
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 
 from data.dataset import Data
+from data.errors import UserError
 from data.show import report_table, show_example
 from loop.config import TrainConfig
-from loop.console import say
+from loop.console import say, warn
 from loop.distributed import on_main_process
-from loop.memory import GIB, Plan, choose, memory_of, memory_table, plan_all
+from loop.memory import GIB, Plan, choose, disk_of, memory_of, memory_table, plan_all
 from loop.run_folder import keep_global_batch
 from loop.tracking import choose_mode
 
@@ -45,9 +48,11 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         compile="on" if compiles else "off",
         swanlab_mode="disabled" if config.dry_run else choose_mode(config),
     )
+    if config.max_length > (positions := outline.config.max_position_embeddings):
+        warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
     if config.dry_run:
         say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
-    say(report_table(data.split.report))
+    say(report_table(data.split.report, config.dry_run))
     say(
         f"{max_steps:,} optimizer steps of {data.rows_per_step(config)} rows (per_device_train_batch_size "
         f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "
@@ -64,7 +69,21 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
             f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "
             f"step file: {config.step_file}"
         )
+    check_disk(disk_of(plan, outline, config, shards), Path(config.output_dir), config.dry_run)
     return config, plan
+
+
+def check_disk(needed: float, folder: Path, dry_run: bool) -> None:
+    """Says what the run will write; raises UserError if the disk has no room for it. What the run has already written
+    there, and will replace, counts as free."""
+    files = [path for name in ("checkpoints", "best") for path in (folder / name).rglob("*") if path.is_file()]
+    own = sum(path.stat().st_size for path in files)
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free + own
+    text = f"disk: up to {needed / 1e9:.1f} GB of checkpoints and models in {folder}, {free / 1e9:.1f} GB free"
+    if needed > free and not dry_run:
+        raise UserError(f"{text}; a smaller --save-total-limit needs less, or choose another --output-dir")
+    say(text if needed <= free else f"{text}: not enough")
 
 
 def use_color() -> bool:

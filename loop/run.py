@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -109,7 +108,7 @@ class Run:
         self.bar = tqdm(
             total=self.config.max_steps,
             initial=self.state.step,
-            unit="step",
+            bar_format="{percentage:3.0f}% {n}/{total} [{elapsed}<{remaining}{postfix}]",  # within 80 columns
             disable=None if is_main_process() else True,
         )
         self.clock = time.perf_counter()
@@ -127,11 +126,14 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
 
-    def evaluated(self, metrics: EvalMetrics, model, check: Callable) -> None:
-        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. check: may
-        raise while the model answers, which leaves everything as it was. Raises UserError if no export can be made."""
+    def evaluated(self, metrics: EvalMetrics, model, interrupt: Interrupt) -> None:
+        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation.
+
+        Raises Stopped if the run is asked to stop while the model answers: everything is then as it was. Raises
+        UserError if no export can be made.
+        """
         state, is_best = self.state, self.state.is_better(metrics.loss)
-        rates = self.samples.answer(model, self.accelerator, state.step, check)
+        rates = self.samples.answer(model, self.accelerator, state.step, interrupt)
         try:
             if is_best:
                 self.export(metrics, model)
@@ -203,8 +205,8 @@ class Run:
         say(f"peak memory {peak_memory_gib(self.accelerator.device):.1f} GiB; predicted {self.plan.total / GIB:.1f}")
         if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN
             try:
-                device, check = self.accelerator.device, interrupt.check_here
-                self.samples.answer_with_best(best, device, state.best_step, state.step, check)
+                device = self.accelerator.device
+                self.samples.answer_with_best(best, device, state.best_step, state.step, interrupt)
             except Stopped:
                 is_done = False
         status = "completed" if is_done else "interrupted"

@@ -7,11 +7,13 @@ output_dir/run.json         what the run is; --resume refuses anything else
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
+import shlex
 import uuid
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data.errors import UserError
 from loop.checkpoint import newest_sound
@@ -30,7 +32,7 @@ TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it t
 def claim(output_dir: Path, resume: bool):
     """Refuses a folder that another process writes to, or that holds a run unless --resume goes on with it.
 
-    Returns the lock: it lasts until it is closed or the process has ended.
+    Returns the lock, a context; it ends with the process too.
     """
     held = [name for name in TRAINED if (output_dir / name).exists()]
     if held and not resume:
@@ -42,26 +44,24 @@ def claim(output_dir: Path, resume: bool):
         raise UserError(f"{output_dir} is a file; --output-dir names a folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (output_dir / ".lock").open("a+")
+        (output_dir / ".lock").touch()
     except OSError as error:
         raise UserError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        return FileLock(output_dir / ".lock").acquire(timeout=0)
+    except Timeout as error:
         raise UserError(f"another process is training in {output_dir}; wait for it, or choose --output-dir") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    except (OSError, NotImplementedError):  # a file system without locks
+        return contextlib.nullcontext()
 
 
 def is_held(output_dir: Path) -> bool:
     """Whether a process is training in output_dir. False if its file system has no locks."""
     try:
-        with (output_dir / ".lock").open("a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        FileLock(output_dir / ".lock").acquire(timeout=0).lock.release()
+    except Timeout:
         return True
-    except OSError:
+    except (OSError, NotImplementedError):
         pass
     return False
 
@@ -83,7 +83,8 @@ def check_same_run(output_dir: Path, settings: dict) -> None:
         raise UserError(
             f"{output_dir} holds a run with other settings, so --resume cannot go on with it:\n  "
             + "\n  ".join(changed)
-            + "\nLaunch it as it was, or start another run: --output-dir OTHER"
+            + "\nLaunch it as it was, or start another run: --output-dir OTHER. To train its model further: "
+            f"--model {shlex.quote(str(output_dir / 'best'))} --output-dir OTHER"
         )
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from data.encode import render_prompt
 from data.rows import Row
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
+from loop.interrupt import Interrupt
 from loop.state import TrainState
 from loop.tracking import Tracker, keep_rows
 from model.generate import Reply, format_rates, load_for_generation, ready_to_generate, reply_to
@@ -34,9 +34,10 @@ class Samples:
         if is_main_process():
             keep_rows(self.path, state.step, lambda row: row["model"] == "training" and row["step"] <= state.last_eval)
 
-    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int, check: Callable) -> dict[str, float]:
-        """The model in training answers the first questions; returns its format rates. check: may raise, which ends
-        it with nothing written. All ranks.
+    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int, interrupt: Interrupt) -> dict:
+        """The model in training answers the first questions; returns its format rates. All ranks.
+
+        Raises Stopped, with nothing written, if the run is asked to stop meanwhile.
 
         Each rank computes the same answers, because with FSDP2 every forward needs all of them.
         """
@@ -46,18 +47,27 @@ class Samples:
         generate = functools.partial(sft_model.generate, synced_gpus=accelerator.is_fsdp2)
         with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
             asked = prompts(rows, self.tokenizer)
-            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate, check)
+            more = self.max_new_tokens, generate, interrupt.requested
+            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, *more)
+        interrupt.check()
         if is_main_process():
             self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
         return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
 
-    def answer_with_best(self, best: Path, device: torch.device, best_step: int, step: int, check: Callable) -> None:
-        """The best model answers up to 32 questions; the first few are printed. One rank alone."""
+    def answer_with_best(
+        self, best: Path, device: torch.device, best_step: int, step: int, interrupt: Interrupt
+    ) -> None:
+        """The best model answers up to 32 questions; the first few are printed. One rank alone.
+
+        Raises Stopped, with nothing written, if this rank is asked to stop meanwhile.
+        """
         if not self.num_samples:
             return
         causal_lm, tokenizer = load_for_generation(best, device)
         rows = self.rows[:NUM_OF_BEST]
-        replies = reply_to(causal_lm, tokenizer, prompts(rows, tokenizer), self.max_new_tokens, check=check)
+        more = {"max_new_tokens": self.max_new_tokens, "should_stop": interrupt.requested_here}
+        replies = reply_to(causal_lm, tokenizer, prompts(rows, tokenizer), **more)
+        interrupt.check_here()
         lines = [line(best_step, "best", row, reply) for row, reply in zip(rows, replies, strict=True)]
         self.write(lines)
         rates = format_rates(replies)

@@ -8,11 +8,16 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
+import torch
 
 from data.errors import UserError
 from loop.config import TrainConfig
@@ -26,8 +31,14 @@ FAILURES_IN_A_ROW = 20
 
 def choose_mode(config: TrainConfig) -> str:
     """The SwanLab mode to start in. Raises UserError if what was asked for is not possible."""
-    if config.swanlab_mode in ("disabled", "offline"):
-        return config.swanlab_mode
+    if config.swanlab_mode == "disabled":
+        return "disabled"
+    if not re.fullmatch(r"[0-9a-zA-Z_\-+.]{1,100}", config.swanlab_project):  # SwanLab's own rule
+        raise UserError(
+            f"--swanlab-project {config.swanlab_project!r}: SwanLab takes up to 100 letters (a-z), digits and _ - + ."
+        )
+    if config.swanlab_mode == "offline":
+        return "offline"
     if config.swanlab_mode == "local":
         from importlib.util import find_spec
 
@@ -169,8 +180,10 @@ class Tracker:
         ending.join(FINISH_SECONDS)
         if ending.is_alive():
             warn("SwanLab could not upload everything in time")
-        if ending.is_alive() or self.mode == "offline":
-            say(f"SwanLab: upload this run with  swanlab sync --id {self.run_id} {newest(self.directory)}")
+        folders = sorted(self.directory.glob("run-*"))  # one for each launch
+        if ending.is_alive() or (self.mode == "offline" and len(folders) > 1):
+            commands = [f"swanlab sync --id {self.run_id} {shlex.quote(str(folder))}" for folder in folders]
+            say(f"SwanLab: upload all of this run with  {' && '.join(commands)}")
 
 
 def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: True) -> None:
@@ -192,16 +205,14 @@ def is_kept(line: str, step: int, keep: Callable[[dict], bool]) -> bool:
     return row["step"] <= step and keep(row)
 
 
-def newest(directory: Path) -> Path:
-    return max(directory.glob("run-*"), key=lambda path: path.stat().st_mtime, default=directory)
-
-
 def peak_memory_gib(device) -> float:
     """Most memory held at one time: by PyTorch on an accelerator, by the process on a CPU."""
+    if device.type == "mps":  # which counts no peak
+        return torch.mps.driver_allocated_memory() / 2**30
     if device.type != "cpu":
-        import torch
-
         return torch.accelerator.max_memory_allocated(device.index) / 2**30
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -57,7 +57,7 @@ def export(
     speak_to_version_4(temporary)
     check_weights(temporary, config)
     for name, text in (texts or {}).items():
-        (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     for path in [path for path in temporary.rglob("*") if path.is_file()]:
         # safetensors creates files that only their owner can read.
         path.chmod(0o666 & ~UMASK)

@@ -83,16 +83,16 @@ def reply_to(
     prompts: list[str],
     max_new_tokens: int,
     generate: Callable | None = None,
-    check: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Reply]:
     """Greedy replies to prompts as the chat template renders them, some at a time with a cache of keys and values.
 
     A prompt that fills the model's context gets an empty reply. generate: causal_lm's own, or a function that
-    gathers the weights first. check: called after each token; what it raises ends the replies.
+    gathers the weights first. should_stop: asked after each token; True cuts the replies off.
     """
     if len(prompts) > BATCH:
         batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-        replies = [reply_to(causal_lm, tokenizer, batch, max_new_tokens, generate, check) for batch in batches]
+        replies = [reply_to(causal_lm, tokenizer, batch, max_new_tokens, generate, should_stop) for batch in batches]
         return [reply for batch in replies for reply in batch]
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     limit = causal_lm.config.max_position_embeddings
@@ -112,7 +112,7 @@ def reply_to(
         temperature=None,
         top_k=None,
         top_p=None,
-        stopping_criteria=[lambda ids, *_, **__: check() or torch.zeros(len(ids), dtype=torch.bool, device=ids.device)],
+        stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
     )
     for index, ids in zip(fitting, output[:, length:].tolist(), strict=True):
         replies[index] = split_reply(ids, tokenizer, end_tokens(causal_lm), has_block(prompts[index]))

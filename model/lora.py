@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from data.errors import UserError
+from data.errors import cannot_import
 
 NAME = "default"  # peft's own, for the one adapter of a model
 
@@ -19,7 +19,7 @@ def add_lora(causal_lm, rank: int, base_model: str) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError('--lora-rank needs peft: pip install -e ".[lora]"') from error
+        raise cannot_import(error, "peft", "lora") from error
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -8,6 +8,7 @@ from pathlib import Path
 # Before torch is imported: one thread a process, nobody's SwanLab account, no hub.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"ACCELERATE_USE_CPU": "true", "SWANLAB_MODE": "disabled", "NO_COLOR": "1"}
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be a pool of processes, which takes seconds to begin
 for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from data.encode import encode_rows
 from data.rows import load_split
 from loop.config import PRESETS, TrainConfig
+from model.export import export
 from model.loss import SFTModel
 from model.qwen3 import load_model, tiny_tokenizer
 
@@ -41,6 +43,18 @@ def peaks(optimizers: list) -> list:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A folder with the small model, for runs of which some are forked and some are not."""
+    split = load_split("sample", "", 0.1, 42)
+    tokenizer = tiny_tokenizer(split.texts())
+    torch.manual_seed(1)
+    model = load_model("tiny", tokenizer, gradient_checkpointing=False)
+    folder = tmp_path_factory.mktemp("model") / "small"
+    export(model, model.state_dict(), tokenizer, folder)
+    return folder
 
 
 @pytest.fixture

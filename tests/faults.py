@@ -63,13 +63,17 @@ def in_step(step: int, action) -> None:
     before(loop.fit, "seed_step", action, lambda seed, at, rank: at == step)
 
 
-def kill_in_step(step: int) -> None:
-    """Once the checkpoint before it is written."""
+def once_written(step: int, action) -> None:
+    """action() in the update after `step` completed steps, once the checkpoint before it is written."""
     from loop.checkpoint_writer import CheckpointWriter
 
     writers = []
     before(CheckpointWriter, "save", lambda: None, lambda self, *_: writers.append(self))
-    in_step(step, lambda: ([writer.writing[1].exception() for writer in writers[-1:]], kill()))
+    in_step(step, lambda: ([writer.writing[1].exception() for writer in writers[-1:]], action()))
+
+
+def kill_in_step(step: int) -> None:
+    once_written(step, kill)
 
 
 def this_run() -> list:
@@ -326,3 +330,79 @@ def interrupt_in_last_answers() -> None:
     import loop.samples
 
     before(loop.samples.Samples, "answer_with_best", lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def disk_of(gigabytes: float) -> None:
+    """The disk has so much room."""
+    import collections
+
+    import loop.resolve
+
+    usage = collections.namedtuple("usage", "free")(gigabytes * 1e9)
+    loop.resolve.shutil = type("shutil", (), {"disk_usage": staticmethod(lambda _: usage)})
+
+
+def fill_disk(step: int, file: str, free: int) -> None:
+    """Once so many steps are completed the disk has only so many bytes left."""
+    import shutil
+
+    def fill() -> None:
+        with open(file, "wb") as out:
+            out.write(b"0" * (shutil.disk_usage(Path(file).parent).free - free))
+
+    once_written(step, fill)
+
+
+def as_on_windows() -> None:
+    """Without the modules, functions and signals that Windows lacks."""
+    import sys
+
+    sys.modules["fcntl"] = sys.modules["resource"] = None
+    for name in ("sysconf", "sched_getaffinity"):
+        delattr(os, name)
+    import loop.files
+    import loop.interrupt
+    import loop.tracking
+
+    loop.interrupt.SIGNALS = [signal.SIGTERM, signal.SIGINT]
+    memory = type("memory", (), {"peak_wset": 2**30})
+    loop.tracking.psutil = type(
+        "psutil", (), {"Process": lambda: type("p", (), {"memory_info": lambda self: memory})()}
+    )
+    opened = os.open
+
+    def no_folders(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    loop.files.os = type("os", (), {**vars(os), "name": "nt", "open": no_folders})
+
+
+def cannot_import(package: str, reason: str = "") -> None:
+    """Importing the package fails: because it is not there, or for another reason."""
+    import builtins
+    import sys
+
+    original = builtins.__import__
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+
+    def fail(name, *args, **kwargs):
+        if name.split(".")[0] == package:
+            raise ImportError(reason) if reason else ModuleNotFoundError(f"No module named {package!r}", name=package)
+        return original(name, *args, **kwargs)
+
+    builtins.__import__ = fail
+
+
+def signal_in(where: str, call: int, number: str) -> None:
+    """A signal, to the last rank alone, when an evaluation, or answers to questions, begin for the call-th time."""
+    import loop.fit
+    import loop.samples
+
+    owner, name = {"evaluate": (loop.fit, "evaluate"), "answer": (loop.samples, "reply_to")}[where]
+    calls = itertools.count()
+    if rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        send = getattr(signal, number)
+        before(owner, name, lambda: os.kill(os.getpid(), send), lambda *_: next(calls) == call)

@@ -95,7 +95,7 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", line_buffering=True)
+        stream.reconfigure(encoding=env.get("STDIO", "utf-8"), errors="strict", line_buffering=True)
     os.environ.update({name: value for name, value in env.items() if value is not None})
     for name in [name for name, value in env.items() if value is None]:
         os.environ.pop(name, None)

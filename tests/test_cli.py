@@ -1,11 +1,15 @@
 """The command line: presets, files, flags, and every mistake answered by one message."""
 
 import dataclasses
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from conftest import good_row
 from ranks import run
+from runs import status_of
 
 from loop.command_line import parse_config
 from loop.config import PRESETS, TrainConfig
@@ -19,9 +23,9 @@ def refused(train_py, *args, **env) -> str:
     return " ".join(done.stderr.replace("│", " ").split())
 
 
-def told(args, tmp_path, **env) -> str:
+def told(args, tmp_path, fault="", **env) -> str:
     """The same where torch is needed to find the mistake."""
-    outcome = run(args, log=tmp_path / "log", **env)
+    outcome = run(args, "one", fault, tmp_path / "log", **env)
     assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
     return outcome.output
 
@@ -35,6 +39,17 @@ def test_later_wins(tmp_path):
     expected = {"learning_rate": 2e-5, "seed": 8, "max_grad_norm": 0.25, "resume": False, "output_dir": "输出 一"}
     assert config == dataclasses.replace(PRESETS["tiny"], **expected)
     assert parse_config([]) == TrainConfig()
+
+
+def test_values_as_people_write_them_in_yaml(tmp_path):
+    """Nothing is the default, a bare no is the choice `no`, a ~ is the home folder."""
+    file = tmp_path / "run.yaml"
+    file.write_text("system_prompt:\nrun_name: ~\nmixed_precision: no\ncompile: off\noutput_dir: ~/runs/first\n")
+    config, plain = parse_config(["medical", "--config", str(file)]), TrainConfig()
+    assert (config.system_prompt, config.run_name) == (plain.system_prompt, plain.run_name)
+    assert (config.mixed_precision, config.compile) == ("no", "off")
+    assert config.output_dir == str(Path.home() / "runs/first")
+    assert parse_config(["--output-dir", "~/a"]).output_dir == str(Path.home() / "a")
 
 
 def test_the_experiment_as_it_was_run():
@@ -62,6 +77,10 @@ def test_the_experiment_as_it_was_run():
         (["--eval-steps", "0"], ["eval_steps", "at least 1", "not 0"]),
         (["--val-fraction", "1.5"], ["val_fraction", "1.5"]),
         (["--learning-rate", "nan"], ["learning_rate", "nan"]),
+        (["--seed", "20250601123456"], ["seed", "4,294,967,296"]),
+        (["--max-time", "-1"], ["max_time", "at least 0"]),
+        (["--max-steps", "3", "tiny"], ["the preset comes first: train.py tiny --max-steps 3"]),
+        (["--resume", "tiny"], ["the preset comes first: train.py tiny --resume"]),
     ],
 )
 def test_a_wrong_command_line_is_one_message(train_py, args, wanted):
@@ -90,7 +109,8 @@ def test_a_wrong_yaml_file_is_one_message_with_its_name(train_py, tmp_path, text
 
 
 def test_help_is_quick_and_heavy_imports_wait(train_py):
-    assert "--gradient-accumulation-steps" in train_py("--help").stdout
+    shown = train_py("--help").stdout
+    assert "--gradient-accumulation-steps" in shown and "---" not in shown.replace("─", "-").replace("----", "")
     code = (
         "import sys, train; train.parse_config(['tiny']); print({'torch', 'transformers', 'swanlab'} & {*sys.modules})"
     )
@@ -114,6 +134,64 @@ def test_modelscope_out_of_reach_is_one_message(tmp_path):
     message = told(["--output-dir", out], tmp_path, MODELSCOPE_ENDPOINT="http://127.0.0.1:9")
     assert "krisfu/delicate_medical_r1_data" in message and "train.py tiny" in message
     assert not any(out.rglob("*.json*"))
+
+
+def test_a_word_that_is_a_value_is_no_preset():
+    assert parse_config(["--run-name", "tiny"]).run_name == "tiny"
+
+
+def test_a_project_that_swanlab_would_refuse(tmp_path):
+    args = ["tiny", "--swanlab-project", "医疗 微调", "--swanlab-mode", "offline", "--output-dir", tmp_path / "out"]
+    assert "--swanlab-project '医疗 微调'" in told(args, tmp_path) and not (tmp_path / "out/data").exists()
+
+
+def test_what_the_disk_cannot_hold_is_refused_before_a_weight_is_loaded(tmp_path):
+    """--dry-run says it and goes on."""
+    args = ["tiny", "--max-steps", "9", "--save-steps", "1", "--output-dir", tmp_path / "out"]
+    fault = "(disk_of(0.005), kill_in_loading())"
+    outcome = run(args, "one", fault, tmp_path / "log")
+    assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
+    assert "--save-total-limit" in outcome.output and "0.0 GB free" in outcome.output
+    dry = run([*args, "--dry-run"], "one", fault, tmp_path / "log")
+    assert dry.codes == [0] and "not enough" in dry.output
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_a_terminal_that_lacks_characters(encoding, tmp_path, jsonl):
+    """What it cannot show stands there as a number; the run ends as any other."""
+    rows = jsonl([{**good_row(i), "question": f"头晕🙂{i}？"} for i in range(12)], "数据.jsonl")
+    args = ["tiny", "--dataset", rows, "--max-steps", "1", "--sample-max-new-tokens", "8", "--output-dir"]
+    outcome = run([*args, tmp_path / "输出"], log=tmp_path / "log", STDIO=encoding)
+    assert outcome.codes == [0] and status_of(tmp_path / "输出")["status"] == "completed"
+    assert (tmp_path / "输出/report.md").exists()
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path, jsonl):
+    name = os.fsdecode(b"\xd2\xbd\xc1\xc6.jsonl")
+    rows = jsonl([good_row(i) for i in range(12)], name)
+    args = ["tiny", "--dataset", rows, "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "out"]
+    outcome = run(args, log=tmp_path / "log")
+    assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
+
+
+def test_rows_longer_than_the_models_positions(tmp_path):
+    outcome = run(["tiny", "--max-length", "2000", "--dry-run"], log=tmp_path / "log")
+    assert outcome.codes == [0] and "--max-length 2000 is more than the 1024 positions" in outcome.output
+
+
+def test_without_what_only_linux_has(tmp_path):
+    """Windows has no fcntl, resource, SIGHUP, sysconf or sched_getaffinity, and opens no folders."""
+    args = ["tiny", "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "out"]
+    outcome = run(args, "one", "as_on_windows()", tmp_path / "log")
+    assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
+
+
+def test_a_package_that_fails_is_not_called_missing(tmp_path):
+    """A peft that cannot be imported because of something else, and one that is not there."""
+    args = ["tiny", "--lora-rank", "2", "--max-steps", "1", "--output-dir", tmp_path / "out"]
+    broken = told(args, tmp_path, fault="cannot_import('peft', 'socksio is not installed')")
+    assert "socksio is not installed" in broken and "pip install" not in broken
+    assert 'pip install -e ".[lora]"' in told(args, tmp_path, fault="cannot_import('peft')")
 
 
 def test_dry_run_shows_everything_and_writes_nothing(train_py, tmp_path):

@@ -235,7 +235,7 @@ def test_a_checkpoint_that_must_be_written_and_is_not_ends_the_run(command, stra
 
 
 def test_a_full_disk(command, whole, tmp_path):
-    """A file system of 36 MB, on which two checkpoints of 12 MB and the best model find room, a third does not."""
+    """A file system on which after two steps there is room for no further checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=36m", "tmpfs", str(disk)]
@@ -243,13 +243,14 @@ def test_a_full_disk(command, whole, tmp_path):
         pytest.skip("no right to mount a small file system")
     try:
         args = command("one", "--output-dir", disk / "run")
-        outcome = run(args, log=tmp_path / "log")
+        fault = f"fill_disk(2, {str(disk / 'filler')!r}, 1_500_000)"
+        outcome = run(args, "one", fault, tmp_path / "log")
         assert outcome.codes == [2] and "Traceback" not in outcome.output, outcome.output
         assert "warning: no checkpoint at step 3, training goes on" in outcome.output
         assert "the checkpoint of step 5 could not be written" in outcome.output and "0.0 GB free" in outcome.output
         assert [path.name for path in checkpoints(disk / "run/checkpoints")] == ["step-00000002", "step-00000001"]
         assert all(verify(path) is None for path in checkpoints(disk / "run/checkpoints"))
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        (disk / "filler").unlink()
         assert run([*args, "--resume"], log=tmp_path / "log").codes == [0]
         assert_same_end(disk / "run", whole)
     finally:

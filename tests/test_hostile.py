@@ -156,8 +156,8 @@ def test_any_configuration_file_is_taken_or_refused(count, tmp_path, monkeypatch
                 train.main(["tiny", "--config", str(file), "--dry-run"])
                 folder = tmp_path / "runs" / config.output_dir.lstrip("/")
                 if ".." not in config.output_dir:
-                    with contextlib.suppress(UserError):
-                        claim(folder, resume=False).close()
+                    with contextlib.suppress(UserError), claim(folder, resume=False):
+                        pass
                 outcomes["taken"] += 1
             except SystemExit as exit:
                 assert exit.code == 2

@@ -20,10 +20,10 @@ TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def command(small_folder, tmp_path_factory):
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
-    return [*ARGS, "--dataset", rows]
+    return [*ARGS, "--dataset", rows, "--model", small_folder]
 
 
 class Launch:

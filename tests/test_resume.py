@@ -1,6 +1,7 @@
 """Runs that are killed wherever it hurts, resumed, and compared with the run that nothing interrupted."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 import time
 
 import pytest
+from conftest import good_row
 from ranks import Ranks, run
 from runs import assert_same_end, newest, status_of, weights_and_moments
 
@@ -21,33 +23,18 @@ STRATEGIES = ["one", "ddp2", "fsdp2"]
 
 
 @pytest.fixture(scope="module")
-def with_dropout(tmp_path_factory):
-    """A tiny model folder whose attention drops: generators matter then."""
-    import torch
-
-    from data.rows import load_split
-    from model.export import export
-    from model.qwen3 import load_model, tiny_tokenizer
-
-    split = load_split("sample", "", 0.1, 42)
-    tokenizer = tiny_tokenizer(
-        m["content"] + m.get("reasoning_content", "") for row in split.train for m in row.messages
-    )
-    torch.manual_seed(1)
-    model = load_model("tiny", tokenizer, gradient_checkpointing=False)
-    model.config.attention_dropout = 0.1
+def with_dropout(small_folder, tmp_path_factory):
+    """A model folder whose attention drops: generators matter then."""
     folder = tmp_path_factory.mktemp("model") / "dropout"
-    export(model, model.state_dict(), tokenizer, folder)
+    shutil.copytree(small_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def command(with_dropout, tmp_path_factory):
     """strategy -> the arguments without --output-dir"""
-    import json
-
-    from conftest import good_row
-
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
     args = [*ARGS, "--dataset", rows, "--model", with_dropout]

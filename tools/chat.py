@@ -1,6 +1,7 @@
 """Talk to an exported model: python -m tools.chat RUN_DIR/best [--web | --question "..." [--json]]"""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
+from loop.console import prepare_terminal
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation
 from model.qwen3 import find_model
@@ -23,6 +25,7 @@ HELP = """\
 
 
 def main() -> None:
+    prepare_terminal()
     args = parse(sys.argv[1:])
     try:
         run(args)
@@ -120,7 +123,8 @@ def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> N
     """Reads questions until /exit or the end of the input. A reply without an answer is forgotten, as its question."""
     console = Console(highlight=False)
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (line editing and history in input)
+        with contextlib.suppress(ImportError):  # Windows has its own
+            import readline  # noqa: F401  (line editing and history in input)
 
         console.print("No medical advice. /help lists the commands.", style="dim")
     messages = opening(system)

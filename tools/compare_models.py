@@ -14,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_batches
 from data.encode import encode_rows
-from data.errors import UserError
+from data.errors import UserError, cannot_import
 from data.rows import Row, to_messages
 from data.source import find_source, read_source
+from loop.console import prepare_terminal
 from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.samples import prompts
@@ -45,6 +46,7 @@ MEASURES = {
 
 
 def main() -> None:
+    prepare_terminal()
     try:
         run()
     except (UserError, OSError) as error:
@@ -70,8 +72,9 @@ def run() -> None:
     try:
         from rouge_score import rouge_scorer  # noqa: F401
         from sacrebleu import corpus_bleu  # noqa: F401
-    except ImportError:
-        raise SystemExit('tools.compare_models needs sacrebleu and rouge-score: pip install -e ".[compare]"') from None
+    except ImportError as error:
+        package = "sacrebleu" if error.name == "sacrebleu" else "rouge_score"
+        raise cannot_import(error, package, "compare") from None
     if (args.out / "compare.json").exists():
         raise SystemExit(f"tools.compare_models: {args.out} holds a comparison already; name another folder with --out")
     disable_progress_bar()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.errors import UserError
+from loop.console import prepare_terminal
 from loop.files import write_text
 from loop.run_folder import is_held, read_run, read_status
 from model.generate import Reply, format_rates
@@ -184,6 +185,7 @@ def draw(folder: Path, train: list[dict], evaluations: list[dict], verdict: Verd
 
 
 def main() -> None:
+    prepare_terminal()
     parser = argparse.ArgumentParser(description="Writes report.md and its curves into the folder of a run.")
     parser.add_argument("run_dir", type=Path, help="output_dir of a run, finished, running or killed")
     parser.add_argument("--language", choices=("zh", "en"), help="as the run's own setting")

@@ -3,6 +3,7 @@
 import os
 import time
 
+from data.errors import cannot_import
 from model.generate import ReplyError, ReplyStream
 
 EXAMPLES = [
@@ -20,8 +21,8 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
     try:
         import gradio
-    except ImportError:
-        raise SystemExit('tools.chat: --web needs gradio: pip install -e ".[web]"') from None
+    except ImportError as error:
+        raise SystemExit(f"tools.chat: {cannot_import(error, 'gradio', 'web')}") from None
 
     def reply(message: str, history: list[dict]):
         dialogue = [{"role": "system", "content": system}] if system else []
