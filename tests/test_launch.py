@@ -13,7 +13,7 @@ from conftest import ROOT, good_row
 from ranks import run
 from runs import assert_same_end, metrics_of, status_of
 
-ARGS = ["tiny", "--max-steps", "160", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
+ARGS = ["tiny", "--max-steps", "100", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4",
          "--sample-max-new-tokens", "8"]  # fmt: skip
 TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
@@ -104,7 +104,7 @@ def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_pa
 def test_two_processes_stop_with_a_checkpoint_however_they_are_asked(command, tmp_path):
     """A signal to one rank, and to the launcher, which passes it on to both."""
     out = tmp_path / "run"
-    args = [*command, "--max-steps", "100", "--gradient-accumulation-steps", "2", "--output-dir", out, "--resume"]
+    args = [*command, "--gradient-accumulation-steps", "2", "--output-dir", out, "--resume"]
     launch = Launch(TWO, args, tmp_path / "log")
 
     def end_one_rank() -> None:
