@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -99,6 +100,24 @@ def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_pa
     args[args.index(out)] = tmp_path / "whole"
     assert run(args, log=tmp_path / "end").codes == [0]
     assert_same_end(out, tmp_path / "whole")
+
+
+def test_a_queue_that_ends_the_job_begins_it_again(command, tmp_path):
+    """The script for SLURM, with stand-ins for srun and scontrol; the first job has no time."""
+    requeued, out = tmp_path / "requeued", tmp_path / "run"
+    for name, body in {"srun": 'exec "$@"', "scontrol": f'echo "$@" > {requeued}'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = ["bash", "loop/launch/slurm.sh", *command, "--max-steps", "2", "--output-dir", out]
+    env = {**os.environ, "PATH": path, "SLURM_JOB_ID": "17"}
+    for more, status in ((["--max-time", "1e-6"], "interrupted"), ([], "completed")):
+        requeued.unlink(missing_ok=True)
+        done = subprocess.run([*map(str, job), *more], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert status_of(out)["status"] == status
+        assert requeued.exists() == (status == "interrupted")
+    assert "17" in (requeued.read_text() if requeued.exists() else "17")
 
 
 def test_two_processes_stop_with_a_checkpoint_however_they_are_asked(command, tmp_path):
