@@ -27,25 +27,16 @@ class Data:
 
     def batch(self, step: int, config) -> Batch:
         """What the update after `step` completed steps trains on."""
-        return step_batch(
-            step,
-            self.train,
-            rows_per_step=self.rows_per_step(config),
-            seed=config.seed,
-            batch_size=config.per_device_train_batch_size,
-            micro_batch_tokens=config.micro_batch_tokens,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        packing = self.packing(config, config.per_device_train_batch_size)
+        return step_batch(step, self.train, rows_per_step=self.rows_per_step(config), seed=config.seed, **packing)
 
     def eval_batches(self, config) -> Sequence[MicroBatch]:
-        return rank_batches(
-            self.val,
-            batch_size=config.per_device_eval_batch_size,
-            micro_batch_tokens=config.micro_batch_tokens,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        return rank_batches(self.val, **self.packing(config, config.per_device_eval_batch_size))
+
+    def packing(self, config, batch_size: int) -> dict:
+        """How this rank lays its rows into micro-batches: keywords of `rank_batches`."""
+        tokens = config.micro_batch_tokens
+        return dict(batch_size=batch_size, micro_batch_tokens=tokens, rank=self.rank, world_size=self.world_size)
 
 
 def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:

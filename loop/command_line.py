@@ -71,27 +71,38 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
         refuse(f"cannot read {path}: {one_line(error)}")
     if not isinstance(settings, dict):
         refuse(f"{path} must hold lines of the form `setting: value`")
-    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    fields, flags = {field.name: field.type for field in dataclasses.fields(TrainConfig)}, {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name not in fields:
             refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
-        if value is None:  # a setting without a value keeps its default
-            continue
-        flag = f"--{name}={value}"
-        if isinstance(value, bool):  # YAML reads a bare `on` or `no` as a truth value
-            no = "no" if "no" in getattr(fields[name], "__args__", ()) else "off"
-            flag = f"--{'' if value else 'no-'}{name}" if fields[name] is bool else f"--{name}={'on' if value else no}"
-        try:
-            config = read_flags([flag], config, "train.py", quiet=True)
-        except SystemExit:
-            expected = getattr(fields[name], "__args__", None) or fields[name].__name__
-            refuse(f"{path}: {key}: {value!r} will not do; expected {expected}")
+        if value is not None:  # a setting without a value keeps its default
+            flags[key] = as_flag(name, value, fields[name])
     try:
+        config = read_flags(list(flags.values()), config, "train.py", quiet=True)
         config.check()
         return config
     except ValueError as error:
         refuse(f"{path}: {error}")
+    except SystemExit:
+        for key, flag in flags.items():
+            with contextlib.suppress(SystemExit):
+                read_flags([flag], config, "train.py", quiet=True)
+                continue
+            kind = fields[str(key).replace("-", "_")]
+            expected = getattr(kind, "__args__", None) or kind.__name__
+            refuse(f"{path}: {key}: {settings[key]!r} will not do; expected {expected}")
+        raise
+
+
+def as_flag(name: str, value, kind) -> str:
+    """As the command line would say it; YAML reads a bare `on` or `no` as a truth value."""
+    if not isinstance(value, bool):
+        return f"--{name}={value}"
+    if kind is bool:
+        return f"--{'' if value else 'no-'}{name}"
+    no = "no" if "no" in getattr(kind, "__args__", ()) else "off"
+    return f"--{name}={'on' if value else no}"
 
 
 def nearest(word: str, choices) -> str:

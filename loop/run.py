@@ -3,13 +3,11 @@
 import dataclasses
 import math
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from data.dataset import Data
 from data.encode import digest
@@ -24,6 +22,7 @@ from loop.files import write_json, write_text
 from loop.interrupt import Interrupt, Stopped
 from loop.launcher import resume_command
 from loop.memory import GIB, PROFILES, Plan
+from loop.progress import Progress
 from loop.run_folder import (
     FINISHED,
     check_same_run,
@@ -65,8 +64,6 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
         self.checkpoint, self.state, self.info["step_files"] = on_main_process(self.open)
-        self.bar, self.tracker = None, None
-        self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0  # trained since the last row of train metrics
 
     def open(self) -> tuple[Path | None, TrainState, list[dict]]:
         """The checkpoint to go on from, its state, and the step files so far. Main process alone."""
@@ -105,17 +102,11 @@ class Run:
         self.tracker = Tracker(self.config, self.state, more)
         self.samples = Samples(self.config, self.data, self.tracker, self.state)
         self.report("running")
-        self.bar = tqdm(
-            total=self.config.max_steps,
-            initial=self.state.step,
-            bar_format="{percentage:3.0f}% {n}/{total} [{elapsed}<{remaining}{postfix}]",  # within 80 columns
-            disable=None if is_main_process() else True,
-        )
-        self.clock = time.perf_counter()
+        self.progress = Progress(self.config.max_steps, self.state.step)
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        self.bar.close()
+        self.progress.bar.close()
         if error is not None:
             self.report(getattr(error, "status", "failed"), error=f"{kind.__name__}: {error}")
             self.tracker.finish("crashed", f"{kind.__name__}: {error}")
@@ -152,7 +143,7 @@ class Run:
         row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
         self.tracker.log(row | rates, state.step)
-        self.clock = time.perf_counter()
+        self.progress.resume()
 
     def export(self, metrics: EvalMetrics, model) -> None:
         """All ranks; raises SaveError, with the older export intact."""
@@ -168,9 +159,7 @@ class Run:
         """Records one step. Raises Diverged if gradients stay non-finite."""
         state, max_steps = self.state, self.config.max_steps
         state.stepped(metrics)
-        self.seconds += time.perf_counter() - self.clock
-        self.num_tokens += batch.num_tokens
-        self.num_steps += 1
+        self.progress.stepped(batch.num_tokens)
         if not metrics.finite:
             rows = ", ".join(batch.rows)
             norm = f"gradient norm {metrics.grad_norm}"
@@ -184,23 +173,16 @@ class Run:
                 "train/epoch": batch.epoch,
                 "train/tokens_seen": state.tokens_seen,
                 "train/nonfinite_steps": state.nonfinite_steps,
-                "perf/tokens_per_s": self.num_tokens / self.seconds,
-                "perf/step_time_s": self.seconds / self.num_steps,
+                **self.progress.take_speed(),
                 "memory/peak_gib": peak_memory_gib(self.accelerator.device),
             }
             self.tracker.log(row, state.step)
-            shown = {"loss": f"{row['train/loss']:.4f}", "lr": f"{row['train/learning_rate']:.3g}"}
-            shown["tokens_per_s"] = f"{row['perf/tokens_per_s']:,.0f}"
-            self.bar.set_postfix(shown)
-            if self.bar.disable:  # no terminal: a log file reads lines, not a bar
-                say(f"step {state.step}/{max_steps}  " + ", ".join(f"{name}={text}" for name, text in shown.items()))
-            self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0
-        self.bar.update()
-        self.clock = time.perf_counter()
+            self.progress.show(state.step, row)
+        self.progress.resume()
 
     def finish(self, interrupt: Interrupt) -> bool:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
-        self.bar.close()
+        self.progress.bar.close()
         state, best, is_done = self.state, self.best, self.is_trained
         say(f"peak memory {peak_memory_gib(self.accelerator.device):.1f} GiB; predicted {self.plan.total / GIB:.1f}")
         if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN

@@ -1,6 +1,7 @@
 """Whole runs through the command line, as a user starts them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -196,3 +197,41 @@ def test_an_export_interrupted_between_its_renames_is_put_back(finished, tmp_pat
     assert files_of(best) == files_of(finished[0] / "best")
     restore_export(best)
     assert not (tmp_path / ".old-best").exists()
+
+
+@pytest.mark.slow
+def test_transformers_4_computes_the_same_from_the_export(finished, tmp_path):
+    """What an older vLLM brings, installed beside: the names of settings it knows, and the same logits.
+
+    It needs a package index.
+    """
+    out, _ = finished
+    best = tmp_path / "best"
+    shutil.copytree(out / "best", best)
+    config = json.loads((best / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = config["rope_theta"] = 1e6  # as Qwen3-1.7B, not the default
+    (best / "config.json").write_text(json.dumps(config))
+    target = tmp_path / "packages"
+    packages = ["transformers==4.57.6", "--target", str(target), "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *packages, "--no-deps"], check=True)
+    more = ["tokenizers>=0.22,<0.23", "huggingface-hub>=0.34,<1", "--target", str(target), "--quiet", "--no-deps"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *more], check=True)
+    code = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).float()
+ids = tokenizer("<|im_start|>user\\n头痛怎么办？<|im_end|>\\n", return_tensors="pt")["input_ids"].repeat(1, 8)
+torch.save({"version": transformers.__version__, "ids": ids, "logits": model(ids).logits.detach()}, sys.argv[2])
+"""
+    found = {}
+    for name, path in (("5", ""), ("4", str(target))):
+        command = [sys.executable, "-c", code, str(best), str(tmp_path / name)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = torch.load(tmp_path / name)
+        assert found[name]["version"].startswith(name)
+    assert torch.equal(found["4"]["ids"], found["5"]["ids"])
+    torch.testing.assert_close(found["4"]["logits"], found["5"]["logits"], rtol=1e-4, atol=1e-4)
