@@ -134,5 +134,6 @@ def end_processes(accelerator: Accelerator) -> None:
     joining that thread while holding the lock would hang for ever.
     """
     accelerator.wait_for_everyone()
-    time.sleep(0.2)
+    if dist.is_initialized():
+        time.sleep(0.2)
     accelerator.end_training()

@@ -11,6 +11,8 @@ from runs import assert_same, assert_same_end, curve, metrics_of, newest, status
 
 from loop.checkpoint import checkpoints
 
+pytestmark = pytest.mark.integration
+
 # 31 rows, 12 a step: windows of 12, 12 and 7 rows.
 ARGS = ["tiny", "--max-steps", "10", "--val-fraction", "0.2", "--eval-steps", "5", "--logging-steps", "1"]
 ARGS += ["--learning-rate", "1e-4", "--max-length", "192", "--early-stopping-patience", "0", "--save-steps", "100",

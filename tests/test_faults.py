@@ -24,6 +24,8 @@ from runs import (
 from loop.checkpoint import checkpoints, newest_sound, verify
 from model.generate import load_for_generation
 
+pytestmark = pytest.mark.integration
+
 # 11 rows and 4 a step: epochs of three steps.
 ARGS = ["tiny", "--max-steps", "8", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "1"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0",

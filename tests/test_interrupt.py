@@ -71,6 +71,7 @@ def whole(command, tmp_path_factory):
     return get
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("strategy", "where", "call", "number", "step"),
     [

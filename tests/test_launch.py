@@ -10,9 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, good_row
-from ranks import run
+from ranks import Ranks, run
 from runs import assert_same_end, metrics_of, status_of
+
+pytestmark = pytest.mark.integration
 
 ARGS = ["tiny", "--max-steps", "100", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4",
@@ -93,9 +97,11 @@ def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_pa
     step = launch.interrupted_at(5, lambda: launch.process.terminate())
     launch = Launch(["--num_processes", "1"], args, tmp_path / "log")
     step = launch.interrupted_at(step + 5, lambda: os.killpg(launch.process.pid, signal.SIGINT))
-    launch = Launch(["--num_processes", "1"], args, tmp_path / "log")
-    launch.interrupted_at(step + 5, (out / "STOP").touch)
-    assert launch.process.returncode == 0 and not (out / "STOP").exists()
+    ranks = Ranks(args, log=tmp_path / "end")
+    while status_of(out)["status"] != "running" or metrics_of(out)[-1]["step"] < step + 5:
+        time.sleep(0.02)
+    (out / "STOP").touch()
+    assert ranks.wait().codes == [0] and status_of(out)["status"] == "interrupted" and not (out / "STOP").exists()
     assert run(args, log=tmp_path / "end").codes == [0]
     args[args.index(out)] = tmp_path / "whole"
     assert run(args, log=tmp_path / "end").codes == [0]
@@ -163,14 +169,25 @@ def test_two_nodes_train_one_model(command, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 23
 
 
-@pytest.mark.parametrize("file", ["fsdp2.yaml", "multi_node.yaml"])
-def test_fsdp_without_gpus_is_refused_by_name(command, file, tmp_path):
-    """The files reach train.py as FSDP2; where it cannot be had nothing else is trained instead."""
-    launcher = ["--config_file", f"loop/launch/{file}", "--num_processes", "1", "--num_machines", "1"]
+def test_fsdp_without_gpus_is_refused_by_name(command, tmp_path):
+    """The file reaches train.py as FSDP2; where it cannot be had nothing else is trained instead."""
+    launcher = ["--config_file", "loop/launch/fsdp2.yaml", "--num_processes", "1", "--num_machines", "1"]
     launch = Launch(launcher, [*command, "--output-dir", tmp_path / "run"], tmp_path / "log")
     assert launch.process.wait(90) != 0
     assert "asked for FSDP, but it is not active" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_several_machines_get_the_same_fsdp_as_one():
+    """What accelerate makes of both files."""
+    asked = {}
+    for file in ("fsdp2.yaml", "multi_node.yaml"):
+        flags = ["--config_file", str(ROOT / "loop/launch" / file), "--num_processes", "2", "train.py"]
+        args, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
+        environment = prepare_multi_gpu_env(args)
+        asked[file] = {name: value for name, value in environment.items() if "FSDP" in name}
+    assert asked["fsdp2.yaml"] == asked["multi_node.yaml"]
+    assert asked["fsdp2.yaml"]["ACCELERATE_USE_FSDP"] == "true" and asked["fsdp2.yaml"]["FSDP_VERSION"] == "2"
 
 
 def test_the_memory_table_of_the_readme():

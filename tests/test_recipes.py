@@ -32,6 +32,7 @@ def command(tmp_path_factory):
     return arguments
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("strategy", ["one", "ddp2", "fsdp2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, command, tmp_path):

@@ -15,6 +15,8 @@ from runs import assert_same_end, newest, status_of, weights_and_moments
 
 from loop.checkpoint import checkpoints, verify
 
+pytestmark = pytest.mark.integration
+
 # 11 rows and 4 a step: windows of 4, 4 and 3 rows, so epochs end after steps 3, 6 and 9.
 ARGS = ["tiny", "--num-train-epochs", "3", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "1"]
 ARGS += ["--logging-steps", "2", "--max-length", "192", "--learning-rate", "0.01", "--early-stopping-patience", "0",

@@ -1,6 +1,7 @@
 """Imported once by the process that ranks are forked from: fills caches that each of them would fill again
 (transformers' table of weight conversions, compiled templates), a second or two of every run."""
 
+import gc
 import tempfile
 from pathlib import Path
 
@@ -20,3 +21,6 @@ with tempfile.TemporaryDirectory() as folder:
 for templates, names in ((TEMPLATES, ("card.zh.md", "Modelfile")), (REPORTS, ("zh.md",))):
     for name in names:
         templates.get_template(name)
+# What a fork only reads stays shared: a collection in it would write to every object, and copy every page.
+gc.collect()
+gc.freeze()
