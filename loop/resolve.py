@@ -20,6 +20,7 @@ from loop.distributed import on_main_process
 from loop.memory import GIB, Plan, choose, disk_of, memory_of, memory_table, plan_all
 from loop.run_folder import keep_global_batch
 from loop.tracking import choose_mode
+from model.generate import emulates_bf16
 
 
 def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[TrainConfig, Plan]:
@@ -48,6 +49,8 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         compile="on" if compiles else "off",
         swanlab_mode="disabled" if config.dry_run else choose_mode(config),
     )
+    if config.mixed_precision == "bf16" and emulates_bf16(device):
+        warn("this CPU emulates bf16, which is several times slower than fp32: --mixed-precision no")
     if config.max_length > (positions := outline.config.max_position_embeddings):
         warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
     if config.dry_run:
@@ -69,7 +72,8 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
             f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "
             f"step file: {config.step_file}"
         )
-    check_disk(disk_of(plan, outline, config, shards), Path(config.output_dir), config.dry_run)
+    needed = disk_of(plan, outline, config, shards)
+    on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
     return config, plan
 
 
