@@ -84,7 +84,8 @@ def check_disk(needed: float, folder: Path, dry_run: bool) -> None:
     own = sum(path.stat().st_size for path in files)
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free + own
-    text = f"disk: up to {needed / 1e9:.1f} GB of checkpoints and models in {folder}, {free / 1e9:.1f} GB free"
+    size = f"{needed / 1e9:.1f} GB" if needed >= 1e9 else f"{needed / 1e6:.0f} MB"
+    text = f"disk: up to {size} of checkpoints and models in {folder}, {free / 1e9:.1f} GB free"
     if needed > free and not dry_run:
         raise UserError(f"{text}; a smaller --save-total-limit needs less, or choose another --output-dir")
     say(text if needed <= free else f"{text}: not enough")
