@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -48,11 +49,22 @@ def check_groups(step_file: ModuleType, outline: torch.nn.Module, config, device
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
         outline.tie_weights()
-        try:
-            optimizers = step_file.make_optimizers(model, config)
-        except ValueError as error:  # torch.optim's own, of a parameter in two of its groups, say
-            raise UserError(f"make_optimizers in {file}: {one_line(error)}") from error
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        seen, add = Counter(), torch.optim.Optimizer.add_param_group
+
+        def count_and_add(optimizer, group: dict) -> None:
+            params = group["params"]
+            group["params"] = [params] if isinstance(params, torch.Tensor) else list(params)
+            seen.update(group["params"])
+            add(optimizer, group)
+
+        try:
+            with mock.patch.object(torch.optim.Optimizer, "add_param_group", count_and_add):
+                optimizers = step_file.make_optimizers(model, config)
+        except ValueError as error:  # torch.optim's own; of a parameter in two of its groups it does not say which
+            twice = [name.removeprefix("causal_lm.") for parameter, name in names.items() if seen[parameter] > 1]
+            which = f" ({twice[0]})" if twice else ""
+            raise UserError(f"make_optimizers in {file}: {one_line(error)}{which}") from error
         held = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     for parameter, name in names.items():
         if held[parameter] != 1:

@@ -165,7 +165,7 @@ BAD = {
     "syntax.py": ([("def lr_multiplier(", "def (")], "syntax.py, line"),
     "forgets.py": ([("if p.ndim < 2]", "if p.ndim < 1]")], "norm.weight is in no group"),
     "two.py": ([("fused=True)]", "fused=True), torch.optim.SGD(parameters)]")], "embed_tokens.weight is in 2 groups"),
-    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "some parameters appear in more than one parameter group"),
+    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "more than one parameter group (model.embed_tokens.weight)"),
 }
 
 
