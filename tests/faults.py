@@ -406,3 +406,15 @@ def signal_in(where: str, call: int, number: str) -> None:
     if rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         send = getattr(signal, number)
         before(owner, name, lambda: os.kill(os.getpid(), send), lambda *_: next(calls) == call)
+
+
+def rename_weights() -> None:
+    """The state dict has the names that torch.compile around the model would give it."""
+    from accelerate import Accelerator
+
+    original = Accelerator.get_state_dict
+
+    def get_state_dict(self, *args, **kwargs):
+        return {name.replace("causal_lm.", "_orig_mod."): w for name, w in original(self, *args, **kwargs).items()}
+
+    Accelerator.get_state_dict = get_state_dict

@@ -174,6 +174,12 @@ def test_a_file_name_that_is_no_utf8(tmp_path, jsonl):
     assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
 
 
+def test_a_dry_run_names_no_file_that_it_does_not_write(tmp_path, jsonl):
+    rows = jsonl([good_row(i // 2) for i in range(40)])
+    outcome = run(["tiny", "--dataset", rows, "--dry-run"], log=tmp_path / "log")
+    assert outcome.codes == [0] and "more, which a run lists in data_report.json" in outcome.output
+
+
 def test_rows_longer_than_the_models_positions(tmp_path):
     outcome = run(["tiny", "--max-length", "2000", "--dry-run"], log=tmp_path / "log")
     assert outcome.codes == [0] and "--max-length 2000 is more than the 1024 positions" in outcome.output
