@@ -66,7 +66,7 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         say(memory_table(plans, plan.name, device, available))
     else:
         strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else "one process"
-        threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        threads = f"; threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
         say(
             f"{strategy} on {device}{threads}; mixed precision: {config.mixed_precision}; compile: {config.compile}; "
             f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "

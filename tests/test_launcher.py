@@ -39,7 +39,7 @@ def test_whatever_the_launcher_sets_the_bits_are_the_same(command, tmp_path):
     assert_same_end(tmp_path / "set", tmp_path / "plain")
     for name in DECIDED_HERE:
         assert f"warning: {name}={environment[name]}, set by the launcher" in outcome.output
-    assert "one process on cpu with 1 threads; mixed precision: no; compile: off" in outcome.output
+    assert "one process on cpu; threads: 1; mixed precision: no; compile: off" in outcome.output
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
