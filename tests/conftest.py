@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ os.environ |= {"ACCELERATE_USE_CPU": "true", "SWANLAB_MODE": "disabled", "NO_COL
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be a pool of processes, which takes seconds to begin
 for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
     os.environ.pop(name, None)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job in the background; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import small  # noqa: F401
