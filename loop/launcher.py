@@ -19,13 +19,14 @@ DECIDED_HERE = {
     "ACCELERATE_DYNAMO_BACKEND": "compile",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
 }
+STRATEGIES = "one process, DDP and FSDP2 are: see loop/launch/"
 # Switches of what the loop does not do, or does in another way.
 UNSUPPORTED = {
     "ACCELERATE_FP8_BACKEND": "--mixed-precision bf16 and no are",
-    "ACCELERATE_USE_DEEPSPEED": "one process, DDP and FSDP2 are: see loop/launch/",
-    "ACCELERATE_USE_MEGATRON_LM": "one process, DDP and FSDP2 are: see loop/launch/",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "one process, DDP and FSDP2 are: see loop/launch/",
-    "ACCELERATE_USE_SAGEMAKER": "one process, DDP and FSDP2 are: see loop/launch/",
+    "ACCELERATE_USE_DEEPSPEED": STRATEGIES,
+    "ACCELERATE_USE_MEGATRON_LM": STRATEGIES,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": STRATEGIES,
+    "ACCELERATE_USE_SAGEMAKER": STRATEGIES,
     "FSDP_OFFLOAD_PARAMS": "--memory 24g and 16g need less memory on one GPU, and more GPUs less on each",
     "FSDP_ACTIVATION_CHECKPOINTING": "--gradient-checkpointing on does the same",
 }

@@ -121,7 +121,7 @@ def without_checkpoint(folder: Path) -> TrainState:
     raise UserError(
         f"{folder} was trained up to step {step or 'unknown'}, but has no sound checkpoint to go on from, and a start "
         "from step 0 would replace what is there. Put its checkpoints/ back, with the files whose names begin with a "
-        f"dot; or train on from its model: --model {best} --output-dir OTHER"
+        f"dot; or train on from its model: --model {shlex.quote(str(best))} --output-dir OTHER"
     )
 
 
