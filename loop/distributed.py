@@ -47,7 +47,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             ],
         )
     except ValueError as error:  # a device without bf16, say
-        raise UserError(f"{error} (--mixed-precision no computes in fp32)") from error
+        hint = " (--mixed-precision no computes in fp32)" if "bf16" in str(error) else ""
+        raise UserError(f"{error}{hint}") from error
     device = accelerator.device
     # Before Ampere PyTorch emulates bf16, slowly and in part.
     if config.mixed_precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

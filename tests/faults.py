@@ -379,6 +379,22 @@ def as_on_windows() -> None:
     loop.files.os = type("os", (), {**vars(os), "name": "nt", "open": no_folders})
 
 
+def refuse_fp64() -> None:
+    """Every operator that makes a tensor in fp64 fails, as on Apple's MPS."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if any(getattr(tensor, "dtype", None) == torch.float64 for tensor in tree_leaves(out)):
+                raise TypeError(f"this device has no float64 ({function})")
+            return out
+
+    Refuse().__enter__()
+
+
 def cannot_import(package: str, reason: str = "") -> None:
     """Importing the package fails: because it is not there, or for another reason."""
     import builtins

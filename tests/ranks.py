@@ -90,6 +90,19 @@ def run(args, strategy: str = "one", fault: str = "", log: Path | None = None, *
     return Ranks(args, strategy, fault, log, **env).wait()
 
 
+def uninterrupted(arguments, tmp_path_factory):
+    """strategy -> the folder of a run that nothing interrupted, made once; arguments(strategy, folder)."""
+
+    @functools.cache
+    def folder_of(strategy: str) -> Path:
+        folder = tmp_path_factory.mktemp(strategy) / "whole"
+        outcome = run(arguments(strategy, folder), strategy, log=folder.parent / "log")
+        assert set(outcome.codes) == {0}, outcome.output
+        return folder
+
+    return folder_of
+
+
 def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

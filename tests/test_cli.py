@@ -1,6 +1,7 @@
 """The command line: presets, files, flags, and every mistake answered by one message."""
 
 import dataclasses
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from runs import status_of
 
 from loop.command_line import parse_config
 from loop.config import PRESETS, TrainConfig
+from loop.progress import Progress
 
 
 def refused(train_py, *args, **env) -> str:
@@ -190,6 +192,36 @@ def test_without_what_only_linux_has(tmp_path):
     args = ["tiny", "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "out"]
     outcome = run(args, "one", "as_on_windows()", tmp_path / "log")
     assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_device_without_fp64(mixed_precision, tmp_path):
+    """Training, evaluation, checkpoint, export and answers, through the command line."""
+    args = ["tiny", "--max-steps", "2", "--eval-steps", "1", "--save-steps", "1", "--sample-max-new-tokens", "4"]
+    args += ["--mixed-precision", mixed_precision, "--output-dir", tmp_path / "out"]
+    outcome = run(args, "one", "refuse_fp64()", tmp_path / "log")
+    assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
+    fault = "(refuse_fp64(), before(__import__('loop.fit').fit, 'evaluate', __import__('torch').zeros(1).double))"
+    assert run([*args[:-1], tmp_path / "other"], "one", fault, tmp_path / "log").codes == [1]  # it does refuse
+
+
+def test_the_bar_fits_into_80_columns(monkeypatch):
+    """With the most that it has to show."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    progress = Progress(100_000, 99_998)
+    progress.stepped(num_tokens=1)
+    row = {"train/loss": 12.34567, "train/learning_rate": 1.23456e-05, "perf/tokens_per_s": 123_456.7}
+    progress.show(99_999, row)
+    progress.bar.refresh()
+    progress.bar.close()
+    shown = [line.rstrip() for line in terminal.getvalue().replace("\r", "\n").splitlines()]
+    assert max(map(len, shown)) <= 80
+    assert "99999/100000" in shown[-1] and "loss=12.3457, lr=1.23e-05, tokens_per_s=123,457" in shown[-1], shown
 
 
 def test_a_package_that_fails_is_not_called_missing(tmp_path):

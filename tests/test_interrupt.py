@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from conftest import good_row
-from ranks import run
+from ranks import run, uninterrupted
 from runs import assert_same_end, newest, status_of
 
 from loop.interrupt import Interrupt
@@ -58,17 +58,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """strategy -> the folder of a run that nothing interrupted"""
-    made = {}
-
-    def get(strategy: str):
-        if strategy not in made:
-            made[strategy] = tmp_path_factory.mktemp(strategy) / "whole"
-            outcome = run(command(strategy, made[strategy]), strategy, log=made[strategy].parent / "log")
-            assert set(outcome.codes) == {0}, outcome.output
-        return made[strategy]
-
-    return get
+    return uninterrupted(command, tmp_path_factory)
 
 
 @pytest.mark.integration

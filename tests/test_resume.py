@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import good_row
-from ranks import Ranks, run
+from ranks import Ranks, run, uninterrupted
 from runs import assert_same_end, newest, status_of, weights_and_moments
 
 from loop.checkpoint import checkpoints, verify
@@ -45,19 +45,7 @@ def command(with_dropout, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """strategy -> the folder of a run that nothing interrupted"""
-    made = {}
-
-    def get(strategy: str):
-        if strategy not in made:
-            made[strategy] = tmp_path_factory.mktemp(strategy) / "whole"
-            outcome = run(
-                [*command[strategy], "--output-dir", made[strategy]], strategy, log=made[strategy].parent / "log"
-            )
-            assert set(outcome.codes) == {0}, outcome.output
-        return made[strategy]
-
-    return get
+    return uninterrupted(lambda strategy, out: [*command[strategy], "--output-dir", out], tmp_path_factory)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
