@@ -67,7 +67,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 
 
 def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, seed: int, **packing) -> Batch:
-    """What a rank trains on after `step` completed steps; packing: the keywords of `rank_batches`."""
+    """What a rank trains on after `step` completed steps; packing: the keywords of `rank_rows`."""
     indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
     epoch = (step + 1) / steps_per_epoch(len(examples), rows_per_step)
     rows = [examples[index] for index in indices]
@@ -87,19 +87,22 @@ def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, step: int = 0, se
     )
 
 
-def rank_batches(
+def rank_batches(rows: Sequence[Example], **packing) -> list[MicroBatch]:
+    """One rank's share of the rows as micro-batches; packing: the keywords of `rank_rows`."""
+    return [collate(group) for group in rank_rows(rows, **packing)]
+
+
+def rank_rows(
     rows: Sequence[Example], *, batch_size: int, micro_batch_tokens: int = 0, rank: int = 0, world_size: int = 1
-) -> list[MicroBatch]:
-    """One rank's share of the rows as micro-batches, put together by `pack`.
+) -> list[list[Example]]:
+    """The rows of each of one rank's micro-batches, put together by `pack`.
 
     Every rank gets the same number of micro-batches, because each forward and backward may be a
     collective; a rank short of rows ends with micro-batches that have no target and sum to 0.
     """
     packed = [pack(share, batch_size, micro_batch_tokens) for share in share_out(rows, world_size)]
-    batches = [collate(group) for group in packed[rank]]
-    while len(batches) < max(map(len, packed)):
-        batches.append(collate([Example(rows[0].input_ids[:2], 2, 2, rows[0].location)]))
-    return batches
+    without_targets = [Example(rows[0].input_ids[:2], 2, 2, rows[0].location)]
+    return packed[rank] + [without_targets] * (max(map(len, packed)) - len(packed[rank]))
 
 
 def share_out(rows: Sequence[Example], num_shares: int) -> list[list[Example]]:

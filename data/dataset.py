@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from data.batches import Batch, MicroBatch, rank_batches, step_batch, steps_per_epoch
+from data.batches import Batch, MicroBatch, rank_batches, rank_rows, step_batch, steps_per_epoch
 from data.encode import Example, encode_split
-from data.rows import Split, load_split
+from data.split import Split, load_split
 
 
 @dataclasses.dataclass
@@ -33,15 +33,26 @@ class Data:
     def eval_batches(self, config) -> Sequence[MicroBatch]:
         return rank_batches(self.val, **self.packing(config, config.per_device_eval_batch_size))
 
+    def eval_labels(self, config) -> list[list[tuple[tuple[str, ...], int]]]:
+        """Of each row of each of `eval_batches`: its set and group, and its number of targets. Empty if no row of any
+        rank has one."""
+        packing = self.packing(config, config.per_device_eval_batch_size)
+        if not self.split.labels:
+            return []
+        return [
+            [(self.split.labels.get(row.location, ()), len(row) - row.prompt_length) for row in rows]
+            for rows in rank_rows(self.val, **packing)
+        ]
+
     def packing(self, config, batch_size: int) -> dict:
-        """How this rank lays its rows into micro-batches: keywords of `rank_batches`."""
+        """How this rank lays its rows into micro-batches: keywords of `rank_rows`."""
         tokens = config.micro_batch_tokens
         return dict(batch_size=batch_size, micro_batch_tokens=tokens, rank=self.rank, world_size=self.world_size)
 
 
 def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:
     """make_tokenizer: from the texts of the training rows. Raises UserError if nothing can be trained on."""
-    split = load_split(config.dataset, config.system_prompt, config.val_fraction, config.seed)
+    split = load_split(config)
     tokenizer = make_tokenizer(split.texts())
     train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
     return Data(split, tokenizer, train, val, rank, world_size)

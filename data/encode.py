@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from data.errors import UserError
-from data.rows import Row, Split
+from data.rows import Row
+from data.split import Split
 
 
 class Example(NamedTuple):
@@ -54,7 +55,7 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
         (row.location, row.messages[: index + 1])
         for row in rows
         for index, message in enumerate(row.messages)
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and message.get("loss", True)
     ]
     examples, problems = [], []
     for (location, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):

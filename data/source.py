@@ -1,79 +1,180 @@
-"""Where rows come from: the embedded sample, a file, or ModelScope."""
+"""--dataset NAME -> the files that it means: the embedded sample, a file, a folder, or a set on ModelScope."""
 
-import csv
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-from data.errors import UserError, one_line
+import yaml
+
+from data.errors import UserError
 from data.hub import download, is_hub_id
+from data.read import FILE_TYPES, file_type
 
 SAMPLE = Path(__file__).with_name("sample.jsonl")
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|eval|test)(?=[^a-z]|$)")
+NUMBER = re.compile(r"\d+")
 
 
-def find_source(dataset: str) -> Path:
-    """The local file of a dataset: the embedded sample, a path, or a ModelScope download."""
-    if dataset == "sample":
-        return SAMPLE
-    path = Path(dataset).expanduser()
+class Source(NamedTuple):
+    """One name of --dataset, NAME[:PART][:AMOUNT]."""
+
+    name: str  # as it was given, without the amount
+    files: list[Path]
+    part: str  # a split or subset; empty if none was named
+    amount: str  # rows to take: 500, 10%, or empty for all
+    notes: list[str]  # what is not read
+
+    @property
+    def label(self) -> str:
+        """Short, for a metric's name."""
+        plain = self.name.rstrip("/").removesuffix(f":{self.part}") if self.part else self.name.rstrip("/")
+        stem = Path(plain).name.split(".")[0] or plain
+        return f"{stem}-{self.part}" if self.part else stem
+
+
+def find_source(text: str) -> Source:
+    """Raises UserError if there is no such file, or if it is not clear which of several is meant."""
+    name, part, amount = parse(text)
+    plain = name.removesuffix(f":{part}") if part else name
+    path = Path(plain).expanduser()
+    if plain == "sample":
+        return Source(name, [SAMPLE], part, amount, [])
     if path.is_file():
-        if path.suffix.lower() not in FILE_TYPES:
-            raise UserError(f"{dataset}: a dataset file ends in {', '.join(FILE_TYPES)}")
-        return path
-    if path.suffix.lower() in FILE_TYPES or path.exists() or not is_hub_id(dataset):
+        if file_type(path) is None:
+            raise UserError(f"{plain}: a dataset file ends in {', '.join(FILE_TYPES)} (or these with .gz)")
+        return Source(name, [path], part, amount, [])
+    if path.is_dir():
+        files, notes = files_of_folder(path, part, name)
+        return Source(name, files, part, amount, notes)
+    owner_and_name, _, file = "/".join(plain.split("/")[:2]), None, "/".join(plain.split("/")[2:])
+    is_missing_file = file_type(path) is not None and not file
+    if is_missing_file or plain.startswith((".", "/", "~")) or not is_hub_id(owner_and_name):
         raise UserError(
-            f"there is no dataset file {dataset!r}; name a {', '.join(FILE_TYPES)} file, "
+            f"there is no dataset file {plain!r}; name a file ({', '.join(FILE_TYPES)}), a folder of them, "
             "a ModelScope dataset id (owner/name), or `sample`"
         )
-    folder = download("dataset", dataset, [f"*{suffix}" for suffix in FILE_TYPES])
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in FILE_TYPES and "dataset_infos" not in p.name]
-    files = sorted(files)
-    if len(files) > 1:
-        files = [path for path in files if "train" in path.name] or files
-    if len(files) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in files) or "none"
-        raise UserError(
-            f"{dataset}: one data file expected, found {names}; pass the one to use with --dataset {folder}/FILE"
-        )
-    return files[0]
+    files, notes = files_of_hub(owner_and_name, file, part)
+    return Source(name, files, part, amount, notes)
 
 
-def read_source(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """(location, columns) of every row of a file, or (location, reason) if the row cannot be read."""
+def parse(text: str) -> tuple[str, str, str]:
+    """(name with its part, part, amount)"""
+    if Path(text).expanduser().exists():
+        return text, "", ""
+    name, amount = text, ""
+    if match := re.fullmatch(r"(.+):(\d+|\d+(?:\.\d+)?%)", text):
+        name, amount = match.groups()
+    if not Path(name).expanduser().exists() and (match := re.fullmatch(r"(.+):([^:/\\]+)", name)):
+        return name, match.group(2), amount
+    return name, "", amount
+
+
+def public_name(text: str) -> str:
+    """A name of --dataset without the folders above a local file, which are private."""
+    name, part, amount = parse(text)
+    plain = name.removesuffix(f":{part}") if part else name
+    path = Path(plain).expanduser()
+    return ":".join(filter(None, (path.name if path.exists() else plain, part, amount)))
+
+
+def files_of_folder(folder: Path, part: str, name: str) -> tuple[list[Path], list[str]]:
+    """(files, notes) of a folder of data files, or of one that datasets' save_to_disk wrote."""
+    if (folder / "dataset_dict.json").is_file():  # of several splits
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        chosen = choose_split(splits, part, name)
+        notes = [
+            f"split {split} is not read; --val-dataset {folder}:{split} takes it" for split in splits if split != chosen
+        ]
+        return files_of_folder(folder / chosen, "", name)[0], notes
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]], []
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and file_type(path) and not is_hidden(path, folder)
+    )
+    files = [path for path in files if path.name not in ("dataset_infos.json", "dataset_info.json", "data_report.json")]
+    if part:
+        files = of_part(files, folder, part, name)
+    if not files:
+        raise UserError(f"{name}: the folder holds no file that ends in {', '.join(FILE_TYPES)}")
+    return training_files(files, folder, part)
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    return any(name.startswith(".") for name in path.relative_to(folder).parts)
+
+
+def split_of(path: Path, folder: Path) -> str:
+    found = SPLIT.search(str(path.relative_to(folder)).lower())
+    return found.group(1) if found else ""
+
+
+def of_part(files: list[Path], folder: Path, part: str, name: str) -> list[Path]:
+    """The files of a split or subset, told by the names of file and folder."""
+    words = {path: re.split(r"[\W_]+", str(path.relative_to(folder).with_suffix("")).lower()) for path in files}
+    chosen = [path for path in files if part.lower() in words[path] or split_of(path, folder) == part.lower()]
+    if not chosen:
+        listed = ", ".join(str(path.relative_to(folder)) for path in files[:20])
+        raise UserError(f"{name}: no file is named after {part!r}; there are {listed}")
+    return chosen
+
+
+def training_files(files: list[Path], folder: Path, part: str) -> tuple[list[Path], list[str]]:
+    """The files of the training split if the names tell splits apart, else all."""
+    splits = {path: split_of(path, folder) for path in files}
+    if part or "train" not in splits.values():
+        return files, []
+    notes = [
+        f"{path.relative_to(folder)} is not read; --val-dataset {path} takes it"
+        for path in files
+        if splits[path] != "train"
+    ]
+    return [path for path in files if splits[path] == "train"], notes
+
+
+def choose_split(splits: list[str], part: str, name: str) -> str:
+    chosen = part or ("train" if "train" in splits else splits[0] if len(splits) == 1 else "")
+    if chosen not in splits:
+        examples = " or ".join(f"{name.removesuffix(f':{part}')}:{split}" for split in splits)
+        raise UserError(f"{name} holds the splits {', '.join(splits)}; choose one: {examples}")
+    return chosen
+
+
+def files_of_hub(hub_id: str, file: str, part: str) -> tuple[list[Path], list[str]]:
+    """(files, notes) of a ModelScope set: one file of it, a subset of its README's list, or all files of one set."""
+    patterns = [file] if file else [f"*{suffix}{gz}" for suffix in FILE_TYPES for gz in ("", ".gz")] + ["README.md"]
+    folder = download("dataset", hub_id, patterns)
+    if file:
+        if not (folder / file).is_file():
+            raise UserError(f"{hub_id} has no file {file}")
+        return [folder / file], []
+    configs = subsets(folder / "README.md")
+    if part in configs:
+        chosen = {path for pattern in configs[part] for path in folder.glob(pattern)}
+        return training_files(sorted(chosen), folder, "")
+    if not part and len(configs) > 1:
+        examples = " or ".join(f"--dataset {hub_id}:{config}" for config in configs)
+        raise UserError(f"{hub_id} has several subsets; choose one: {examples}")
+    files, notes = files_of_folder(folder, part, f"{hub_id}:{part}" if part else hub_id)
+    if len({NUMBER.sub("", str(path)) for path in files}) > 1:
+        examples = "\n  ".join(f"--dataset {hub_id}/{path.relative_to(folder)}" for path in files)
+        raise UserError(f"{hub_id} has several data files; choose one, or name several:\n  {examples}")
+    return files, notes
+
+
+def subsets(readme: Path) -> dict[str, list[str]]:
+    """Name -> patterns of files, from the head of a hub's README; of the split `train` if it names splits."""
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.is_file() else None
     try:
-        if path.suffix.lower() == ".jsonl":
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path.name}:{number}", parse_json_line(line)
-        elif path.suffix.lower() == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: a .json dataset is a list of rows")
-            for number, row in enumerate(rows, start=1):
-                yield f"{path.name} row {number}", row
-        elif path.suffix.lower() == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield f"{path.name}:{reader.line_num}", {key: row[key] for key in row if key is not None}
-        else:
-            import pyarrow.parquet
-
-            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
-                yield f"{path.name} row {number}", row
-    except UserError:
-        raise
-    except Exception as error:  # each format's reader raises its own kinds
-        raise UserError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def parse_json_line(line: bytes) -> dict | str:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "is not valid UTF-8"
-    except (ValueError, RecursionError):
-        return "is not valid JSON"
+        head = yaml.safe_load(match.group(1)) if match else {}
+        configs = {}
+        for config in head.get("configs", []):
+            files = config["data_files"]
+            files = [files] if isinstance(files, (str, dict)) else files
+            of_split = [file["path"] for file in files if isinstance(file, dict) and file["split"] == "train"]
+            paths = of_split or [file if isinstance(file, str) else file["path"] for file in files]
+            configs[config["config_name"]] = [p for path in paths for p in ([path] if isinstance(path, str) else path)]
+        return configs
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):  # a README of another form names no subsets
+        return {}

@@ -77,9 +77,9 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
         if name not in fields:
             refuse(f"{path}: there is no setting {key!r}; did you mean {nearest(name, fields)!r}?")
         if value is not None:  # a setting without a value keeps its default
-            flags[key] = as_flag(name, value, fields[name])
+            flags[key] = as_flags(name, value, fields[name])
     try:
-        config = read_flags(list(flags.values()), config, "train.py", quiet=True)
+        config = read_flags([*itertools.chain(*flags.values())], config, "train.py", quiet=True)
         config.check()
         return config
     except ValueError as error:
@@ -87,22 +87,26 @@ def read_yaml(path: str, config: TrainConfig) -> TrainConfig:
     except SystemExit:
         for key, flag in flags.items():
             with contextlib.suppress(SystemExit):
-                read_flags([flag], config, "train.py", quiet=True)
+                read_flags(flag, config, "train.py", quiet=True)
                 continue
             kind = fields[str(key).replace("-", "_")]
-            expected = getattr(kind, "__args__", None) or kind.__name__
+            expected = (
+                "a list of texts" if kind == tuple[str, ...] else getattr(kind, "__args__", None) or kind.__name__
+            )
             refuse(f"{path}: {key}: {settings[key]!r} will not do; expected {expected}")
         raise
 
 
-def as_flag(name: str, value, kind) -> str:
+def as_flags(name: str, value, kind) -> list[str]:
     """As the command line would say it; YAML reads a bare `on` or `no` as a truth value."""
+    if kind == tuple[str, ...]:
+        return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if not isinstance(value, bool):
-        return f"--{name}={value}"
+        return [f"--{name}={value}"]
     if kind is bool:
-        return f"--{'' if value else 'no-'}{name}"
+        return [f"--{'' if value else 'no-'}{name}"]
     no = "no" if "no" in getattr(kind, "__args__", ()) else "off"
-    return f"--{name}={'on' if value else no}"
+    return [f"--{name}={'on' if value else no}"]
 
 
 def nearest(word: str, choices) -> str:

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+# What a column of a dataset can be; data/formats.py has the names by which it is told.
+ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options")
+
 
 def may_change(default):
     """A setting that another launch may change on --resume: it names, watches, or packs the same rows in another way.
@@ -14,8 +17,11 @@ def may_change(default):
 class TrainConfig:
     # --- data ---
 
-    # ModelScope dataset id, a local .jsonl/.json/.csv/.parquet file, or `sample` (embedded).
-    dataset: str = may_change("krisfu/delicate_medical_r1_data")
+    # One or more: a local file or folder, a ModelScope id (owner/name, owner/name:SUBSET, owner/name/FILE), or `sample`
+    # (embedded). NAME:500 and NAME:10% take that many of its rows.
+    dataset: tuple[str, ...] = may_change(("krisfu/delicate_medical_r1_data",))
+    # Which column is which, if its name does not tell: think=Complex_CoT answer=Response.
+    columns: tuple[str, ...] = may_change(())
     # System prompt of rows without a system message; an empty string leaves it out.
     system_prompt: str = "你是一个医学专家，你需要根据用户的问题，给出带有思考的回答。"
     # Longest row in tokens, prompt and reply together.
@@ -24,6 +30,14 @@ class TrainConfig:
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     # Share of the rows held out for evaluation.
     val_fraction: float = 0.1
+    # Rows to evaluate on, named as those of dataset, of which none is then held out.
+    val_dataset: tuple[str, ...] = may_change(())
+    # Share of the rows held out for a test, in data/test.jsonl; neither early stopping nor best/ sees them.
+    test_fraction: float = may_change(0.0)
+    # Files of questions, such as an exam, that must not be trained on: rows with one of them are left out.
+    exclude: tuple[str, ...] = may_change(())
+    # A column, such as department: an evaluation loss of its own for each of its values.
+    group_by: str = may_change("")
 
     # --- model ---
 
@@ -138,6 +152,12 @@ class TrainConfig:
             raise ValueError(f"seed must be below 2**32 (4,294,967,296), not {self.seed}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        if not 0 <= self.test_fraction < 1 - (0 if self.val_dataset else self.val_fraction):
+            raise ValueError(f"test_fraction must leave rows to train on, not {self.test_fraction}")
+        for text in self.columns:
+            role, equals, column = text.partition("=")
+            if not equals or not column.strip() or role.strip() not in ROLES:
+                raise ValueError(f"columns: {text!r} is not of the form think=COLUMN; known are {', '.join(ROLES)}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie between 0 and 1, not {self.warmup_ratio}")
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
@@ -145,7 +165,8 @@ class TrainConfig:
         if self.think_weight == self.answer_weight == 0:
             raise ValueError("think_weight and answer_weight are both 0, which leaves nothing to train")
         for name in ("dataset", "model", "output_dir"):
-            if not getattr(self, name).strip():
+            value = getattr(self, name)
+            if not value or not all(part.strip() for part in ([value] if isinstance(value, str) else value)):
                 raise ValueError(f"{name} must not be empty")
 
 
@@ -158,7 +179,7 @@ PRESETS = {
     ),
     # Embedded data and model: no download, no account, no GPU. Overfits on purpose, to show it.
     "tiny": TrainConfig(
-        dataset="sample",
+        dataset=("sample",),
         model="tiny",
         max_length=512,
         mixed_precision="no",

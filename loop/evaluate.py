@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from data.batches import MicroBatch
 from loop.distributed import to_device
@@ -32,9 +33,10 @@ def evaluate(
     micro_batches: Sequence[MicroBatch],
     accelerator: Accelerator,
     check: Callable[[], None] = lambda: None,
+    each: Callable[[int, torch.Tensor], None] = lambda index, losses: None,
 ) -> EvalMetrics:
     """micro_batches: this rank's share of the rows, as many as every other rank has. check: called before each of
-    them; what it raises ends the evaluation.
+    them; what it raises ends the evaluation. each: called with the number of a micro-batch and its losses (n,).
 
     Sums are added up exactly on the host and divided once, so the result depends neither on the evaluation batch
     size nor on the number of ranks. The model is left in the mode it came in.
@@ -43,12 +45,13 @@ def evaluate(
     model.eval()
     sums = []  # of each micro-batch: (loss, correct, count) x (think, answer)
     try:
-        for micro_batch in micro_batches:
+        for index, micro_batch in enumerate(micro_batches):
             check()
             inputs, is_think = to_device(micro_batch, accelerator.device)
             losses, is_correct = model(**inputs, count_correct=True)
             measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
             sums.append(torch.stack([(x * part).sum() for x in measures for part in (is_think, ~is_think)]))
+            each(index, losses)
     finally:
         model.train(was_training)
     columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
@@ -60,6 +63,42 @@ def evaluate(
         mean(think_correct, think),
         mean(answer_correct, answer),
     )
+
+
+class LossOfGroups:
+    """The evaluation loss of each set and of each group of validation rows.
+
+    Rows are summed up one by one and the sums added exactly on the host, so that a group's loss, too, depends neither
+    on the batch size nor on the number of ranks.
+    """
+
+    def __init__(self, labels: list[list[tuple[tuple[str, ...], int]]]):
+        """labels: of each row of each micro-batch its labels and its number of targets; see `Data.eval_labels`."""
+        self.labels = labels
+        self.sums: list[torch.Tensor] = []
+
+    def add(self, index: int, losses: torch.Tensor) -> None:
+        if index == 0:  # an evaluation begins; one before may have been left
+            self.sums.clear()
+        if self.labels:
+            of_rows = losses.split([count for _, count in self.labels[index]])
+            self.sums.append(torch.stack([row.sum() for row in of_rows]))
+
+    def means(self) -> dict[str, float]:
+        """label -> mean loss of a target, over all ranks; every rank calls it."""
+        if not self.labels:
+            return {}
+        rows = [row for rows in self.labels for row in rows]
+        sums = torch.cat(self.sums).tolist()
+        found = [(labels, count, loss) for (labels, count), loss in zip(rows, sums, strict=True)]
+        groups: dict[str, list[tuple[int, float]]] = {}
+        for labels, count, loss in gather_object(found):
+            for label in labels:
+                groups.setdefault(label, []).append((count, loss))
+        return {
+            label: mean(total([loss for _, loss in rows]), sum(count for count, _ in rows))
+            for label, rows in sorted(groups.items())
+        }
 
 
 def total(values: Sequence[float]) -> float:

@@ -2,14 +2,20 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
     """The new text, or the file as it was."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same for a text that is too long to be held at once. lines: with their ends."""
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("wb") as file:
-        file.write(text.encode("utf-8", errors="backslashreplace"))
+        file.writelines(line.encode("utf-8", errors="backslashreplace") for line in lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -12,7 +12,7 @@ from loop.checkpoint_writer import CheckpointWriter
 from loop.config import TrainConfig
 from loop.console import say
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
-from loop.evaluate import evaluate
+from loop.evaluate import LossOfGroups, evaluate
 from loop.interrupt import Interrupt, Stopped
 from loop.memory import PROFILES
 from loop.resolve import resolve
@@ -50,7 +50,7 @@ def fit(config: TrainConfig) -> bool:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(f"resumed from {run.checkpoint}")
     start, root = (state.step, state.last_eval), run.folder / "checkpoints"
-    eval_batches = data.eval_batches(config)
+    eval_batches, groups = data.eval_batches(config), LossOfGroups(data.eval_labels(config))
     with run, Interrupt(run.folder, config.max_time) as interrupt:
         with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
             while True:
@@ -58,8 +58,8 @@ def fit(config: TrainConfig) -> bool:
                 if run.due(config.eval_steps) and state.last_eval != state.step:
                     check_ranks_agree(model, root)
                     with suppress(Stopped), method.evaluated_weights(model, optimizers):
-                        metrics = evaluate(model, eval_batches, accelerator, interrupt.check)
-                        run.evaluated(metrics, model, interrupt)
+                        metrics = evaluate(model, eval_batches, accelerator, interrupt.check, groups.add)
+                        run.evaluated(metrics, groups.means(), model, interrupt)
                     reshard(model)
 
                 # --- checkpoint, stop ---

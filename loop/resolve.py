@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from data.dataset import Data
 from data.errors import UserError
-from data.show import report_table, show_example
+from data.show import report_table, show_example, thinking_warning
 from loop.config import TrainConfig
 from loop.console import say, warn
 from loop.distributed import on_main_process
@@ -56,6 +56,8 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     if config.dry_run:
         say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
     say(report_table(data.split.report, config.dry_run))
+    if warning := thinking_warning(data.split.report):
+        warn(warning)
     say(
         f"{max_steps:,} optimizer steps of {data.rows_per_step(config)} rows (per_device_train_batch_size "
         f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from data.dataset import Data
 from data.encode import digest
 from data.errors import UserError
-from data.rows import split_files
+from data.split import split_files
 from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
 from loop.distributed import on_main_process
 from loop.evaluate import EvalMetrics
-from loop.files import write_json, write_text
+from loop.files import write_json, write_lines
 from loop.interrupt import Interrupt, Stopped
 from loop.launcher import resume_command
 from loop.memory import GIB, PROFILES, Plan
@@ -96,8 +96,8 @@ class Run:
             begun = read_run(self.folder) if is_trained(self.folder) else self.info
             write_json(self.folder / "run.json", begun | {"step_files": self.info["step_files"]})
             (self.folder / "data").mkdir(exist_ok=True)
-            for name, text in split_files(self.data.split).items():
-                write_text(self.folder / "data" / name, text)
+            for name, lines in split_files(self.data.split).items():
+                write_lines(self.folder / "data" / name, lines)
         more = self.info | self.launch | {"step_file_sha256": self.info["step_files"][-1]["sha256"]}
         self.tracker = Tracker(self.config, self.state, more)
         self.samples = Samples(self.config, self.data, self.tracker, self.state)
@@ -117,8 +117,9 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
 
-    def evaluated(self, metrics: EvalMetrics, model, interrupt: Interrupt) -> None:
-        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation.
+    def evaluated(self, metrics: EvalMetrics, groups: dict[str, float], model, interrupt: Interrupt) -> None:
+        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. groups: the
+        loss of each set and group of rows.
 
         Raises Stopped if the run is asked to stop while the model answers: everything is then as it was. Raises
         UserError if no export can be made.
@@ -142,6 +143,7 @@ class Run:
         )
         row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
+        row |= {f"eval/loss/{label}": loss for label, loss in groups.items()}
         self.tracker.log(row | rates, state.step)
         self.progress.resume()
 

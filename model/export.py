@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from data.source import public_name
 from loop.files import write_json
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
@@ -116,9 +117,10 @@ def card(run: dict, language: str, sampling: GenerationConfig) -> dict[str, str]
         "system_prompt": run["system_prompt"],
     }
     # If a model or dataset is a path, the name is enough; the folders above it are private.
+    model = Path(run["model"])
     run = run | {
-        name: Path(run[name]).name if Path(run[name]).expanduser().exists() else run[name]
-        for name in ("model", "dataset")
+        "model": model.name if model.expanduser().exists() else run["model"],
+        "dataset": ", ".join(map(public_name, run["dataset"])),
     }
     run |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
     text = TEMPLATES.get_template(f"card.{language}.md").render(run)

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from data.encode import encode_rows
-from data.rows import load_split
+from data.split import Split, load_split
 from loop.config import PRESETS, TrainConfig
 from model.export import export
 from model.loss import SFTModel
@@ -41,6 +41,12 @@ def settings(**changes) -> TrainConfig:
     )
 
 
+def load(*datasets, **changes) -> Split:
+    """The split of a tenth for validation, with a short system prompt; datasets: `sample` without one."""
+    names = tuple(map(str, datasets)) or ("sample",)
+    return load_split(settings(**{"dataset": names, "system_prompt": SYSTEM, "val_fraction": 0.1} | changes))
+
+
 def peaks(optimizers: list) -> list:
     """Notes each group's peak, as `prepare` does."""
     for optimizer in optimizers:
@@ -52,7 +58,7 @@ def peaks(optimizers: list) -> list:
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory):
     """A folder with the small model, for runs of which some are forked and some are not."""
-    split = load_split("sample", "", 0.1, 42)
+    split = load(system_prompt="")
     tokenizer = tiny_tokenizer(split.texts())
     torch.manual_seed(1)
     model = load_model("tiny", tokenizer, gradient_checkpointing=False)
@@ -69,7 +75,7 @@ def accelerator():
 
 @pytest.fixture(scope="session")
 def split():
-    return load_split("sample", SYSTEM, val_fraction=0.1, seed=42)
+    return load()
 
 
 @pytest.fixture(scope="session")

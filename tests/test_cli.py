@@ -56,7 +56,7 @@ def test_values_as_people_write_them_in_yaml(tmp_path):
 
 def test_the_experiment_as_it_was_run():
     c = TrainConfig()
-    assert (c.model, c.dataset) == ("Qwen/Qwen3-1.7B", "krisfu/delicate_medical_r1_data")
+    assert (c.model, c.dataset) == ("Qwen/Qwen3-1.7B", ("krisfu/delicate_medical_r1_data",))
     assert (c.max_length, c.val_fraction, c.num_train_epochs, c.learning_rate) == (2048, 0.1, 2, 1e-4)
     assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.per_device_eval_batch_size) == (1, 4, 1)
     assert (c.lr_scheduler_type, c.warmup_ratio, c.weight_decay, c.max_grad_norm) == ("linear", 0, 0, 1.0)

@@ -8,13 +8,15 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import REAL, ROOT, SYSTEM, good_row
+from conftest import REAL, ROOT, SYSTEM, good_row, load
 from transformers import AutoTokenizer
 
 from data.batches import collate, rank_batches, step_batch, step_indices, steps_per_epoch
 from data.encode import encode_rows
 from data.errors import UserError
-from data.rows import Row, load_split, split_files, to_format, to_messages
+from data.formats import read_row
+from data.rows import Row
+from data.split import split_files, to_format
 
 USER = {"role": "user", "content": "头痛怎么办？"}
 THOUGHT = {"role": "assistant", "content": "多休息。", "reasoning_content": "先排除危险信号。"}
@@ -51,7 +53,7 @@ def any_tokenizer(request, tokenizer):
 @pytest.mark.parametrize("system", ["", SYSTEM])
 @pytest.mark.parametrize("name", TURNS)
 def test_training_bytes_are_what_inference_renders(any_tokenizer, name, system):
-    messages = to_messages({"messages": TURNS[name]}, system)
+    messages = read_row({"messages": TURNS[name]}, system).messages
     examples, _ = encode_rows([Row("row", {}, messages)], any_tokenizer, 512, "error")
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(examples) == len(ends)
@@ -73,7 +75,7 @@ def test_training_bytes_are_what_inference_renders(any_tokenizer, name, system):
 @pytest.mark.parametrize("name", TURNS)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_tiny_template_renders_as_qwen3(tokenizer, name, thinking):
-    messages, qwen3 = to_messages({"messages": TURNS[name]}, SYSTEM), with_qwen3_template(tokenizer)
+    messages, qwen3 = read_row({"messages": TURNS[name]}, SYSTEM).messages, with_qwen3_template(tokenizer)
     for part, prompt in ((messages, False), (messages[:-1], True)):
         options = {"tokenize": False, "add_generation_prompt": prompt, "enable_thinking": thinking}
         assert tokenizer.apply_chat_template(part, **options) == qwen3.apply_chat_template(part, **options)
@@ -81,7 +83,7 @@ def test_tiny_template_renders_as_qwen3(tokenizer, name, thinking):
 
 def test_targets_of_real_rows():
     tokenizer = real_tokenizer()
-    split = load_split(str(REAL / "delicate_medical_r1_120.jsonl"), SYSTEM, 0.1, 42)
+    split = load(REAL / "delicate_medical_r1_120.jsonl")
     examples, problems = encode_rows(split.train, tokenizer, 2048, "truncate")
     assert len(examples) == len(split.train) == 108 and not problems
     for row, example in zip(split.train, examples, strict=True):
@@ -120,7 +122,7 @@ def test_overlong_drop_and_error(split, tokenizer):
 
 def test_split_is_the_original_one(jsonl):
     rows = [good_row(index) for index in range(57)]
-    split = load_split(str(jsonl(rows)), SYSTEM, 0.1, 42)
+    split = load(jsonl(rows))
     random.seed(42)
     random.shuffle(rows)
     cut = int(57 * 0.9)
@@ -131,26 +133,27 @@ def test_split_is_the_original_one(jsonl):
 def test_split_files_are_those_of_the_source(jsonl):
     for answer in ("旧", "新"):
         rows = [{**good_row(index), "answer": answer, "extra": index} for index in range(20)]
-        split = load_split(str(jsonl(rows)), SYSTEM, 0.1, 42)
+        split = load(jsonl(rows))
         files = split_files(split)
-    lines = [json.loads(line) for line in files["train.jsonl"].splitlines()]
+    lines = [json.loads(line) for line in files["train.jsonl"]]
     assert [line["answer"] for line in lines] == ["新"] * 18 and {"extra", "think"} <= lines[0].keys()
-    line = json.loads(files["val_format.jsonl"].splitlines()[0])
+    line = json.loads(next(iter(files["val_format.jsonl"])))
     val = split.val[0].columns
     assert line == {
         "instruction": SYSTEM,
         "input": val["question"],
         "output": f"<think>\n{val['think'].strip()}\n</think>\n\n新",
     }
-    assert len(to_format(Row("", {}, to_messages({"messages": TURNS["three"]}, SYSTEM)))) == 3
+    assert len(to_format(Row("", {}, read_row({"messages": TURNS["three"]}, SYSTEM).messages))) == 3
 
 
 BAD_ROWS = {
-    "has no `answer`": {"question": "问", "think": "想"},
-    "has no `think`": {"question": "问", "answer": "答"},
+    "has no answer": {"question": "问", "think": "想"},
+    "has no question": {"think": "想", "answer": "答"},
+    "`answer` is 'nan', as pandas": {"question": "问", "think": "想", "answer": "nan"},
     "`question` is empty": {"question": " \n", "think": "想", "answer": "答"},
     "`answer` is not text but int": {"question": "问", "think": "想", "answer": 3},
-    "the thinking is not text but list": {"question": "问", "think": ["想"], "answer": "答"},
+    "`think` is not text but list": {"question": "问", "think": ["想"], "answer": "答"},
     "has the chat marker </think> inside": {"question": "问", "think": "想</think>想", "answer": "答"},
     "has the chat marker <\\|im_end\\|> inside": {"question": "问<|im_end|>", "think": "想", "answer": "答"},
     "is not an object but list": ["问"],
@@ -165,7 +168,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_a_bad_row_is_named_and_skipped(jsonl, reason):
     path = jsonl([good_row(index) for index in range(14)] + [BAD_ROWS[reason]] + [good_row(20)])
-    split = load_split(str(path), SYSTEM, 0.2, 42)
+    split = load(path, val_fraction=0.2)
     (problem,) = split.report["problems"]
     assert problem["location"] == "rows.jsonl:15" and problem["action"] == "skipped"
     assert re.search(reason, problem["problem"])
@@ -174,20 +177,20 @@ def test_a_bad_row_is_named_and_skipped(jsonl, reason):
 
 def test_too_many_bad_rows_stop_the_run(jsonl):
     path = jsonl([good_row(index) for index in range(8)] + [{"question": "问"}])
-    with pytest.raises(UserError, match=r"1 of 9 rows are unusable.*rows.jsonl:9 has no `think`"):
-        load_split(str(path), SYSTEM, 0.2, 42)
+    with pytest.raises(UserError, match=r"1 of 9 rows are unusable.*rows.jsonl:9 has no answer"):
+        load(path, val_fraction=0.2)
     with pytest.raises(UserError, match="nothing left to train on"):
-        load_split(str(jsonl([good_row(1)])), SYSTEM, 0.5, 42)
+        load(jsonl([good_row(1)]), val_fraction=0.5)
 
 
 def test_repeats_and_leaks(jsonl):
     rows = [good_row(index) for index in range(30)]
-    clean = load_split(str(jsonl(rows)), SYSTEM, 0.2, 42)
+    clean = load(jsonl(rows), val_fraction=0.2)
     held_out, trained = clean.val[0].columns, clean.train[0].columns
     index = rows.index(clean.train[1].columns)
     rows[index] = {**rows[index], "question": f" {held_out['question']}\n"}  # a leak, whitespace aside
     rows[rows.index(clean.train[2].columns)] = trained  # the same row twice
-    split = load_split(str(jsonl(rows)), SYSTEM, 0.2, 42)
+    split = load(jsonl(rows), val_fraction=0.2)
     assert (split.report["train_val_overlap"], split.report["duplicates"]) == (1, 1)
     assert len(split.train) == len(clean.train) - 2
     assert [row.columns for row in split.val] == [row.columns for row in clean.val]
@@ -205,15 +208,15 @@ def test_every_file_type_reads_alike(jsonl, tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[3])
-    splits = [load_split(str(path), SYSTEM, 0.1, 42) for path in paths]
+    splits = [load(path) for path in paths]
     assert all([row.messages for row in split.train] == [row.messages for row in splits[0].train] for split in splits)
 
 
 def test_inline_thinking_and_a_system_message_of_its_own():
     inline = {"role": "assistant", "content": "<think>\n先排除危险信号。\n</think>\n\n多休息。"}
     own = {"role": "system", "content": "你是护士。"}
-    assert to_messages({"messages": [USER, inline]}, "") == [USER, THOUGHT]
-    assert to_messages({"messages": [own, USER, THOUGHT]}, SYSTEM)[0] == own
+    assert read_row({"messages": [USER, inline]}, "").messages == [USER, THOUGHT]
+    assert read_row({"messages": [own, USER, THOUGHT]}, SYSTEM).messages[0] == own
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SYSTEM, good_row
+from conftest import ROOT, good_row, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run
@@ -27,11 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import train
 from data.encode import encode_rows
 from data.errors import UserError
-from data.rows import load_split, split_files
+from data.split import split_files
 from loop.checkpoint import fingerprints
 from loop.command_line import parse_config
 from loop.config import TrainConfig
-from loop.files import write_json, write_text
+from loop.files import write_json, write_lines
 from loop.run_folder import claim
 from model.export import export
 from model.qwen3 import load_model
@@ -83,7 +83,7 @@ def test_any_row_is_trained_on_or_listed(count, tokenizer, tmp_path):
     def check(line, position):
         path.write_bytes(b"\n".join([*good[:position], line, *good[position:]]) + b"\n")
         try:
-            split = load_split(str(path), SYSTEM, val_fraction=0.2, seed=1)
+            split = load(path, val_fraction=0.2, seed=1)
         except UserError as error:  # a line that falls apart into several bad ones
             assert "rows are unusable" in str(error)
             return
@@ -94,8 +94,8 @@ def test_any_row_is_trained_on_or_listed(count, tokenizer, tmp_path):
                 assert ids[-1] == end and ids.count(end) == ids.count(starts) and len(ids) <= 128
                 assert 0 < example.prompt_length <= example.answer_start < len(ids)
         folder.mkdir(exist_ok=True)
-        for name, text in split_files(split).items():
-            write_text(folder / name, text)
+        for name, lines in split_files(split).items():
+            write_lines(folder / name, lines)
         assert sorted(path.name for path in folder.iterdir()) == [
             "data_report.json", "train.jsonl", "train_format.jsonl", "val.jsonl", "val_format.jsonl",
         ]  # fmt: skip

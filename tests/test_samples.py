@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from data.batches import collate, make_batch
 from data.dataset import Data
 from data.encode import encode_rows
-from data.rows import Row, to_messages
+from data.formats import read_row
+from data.rows import Row
 from loop.config import TrainConfig
 from loop.evaluate import evaluate
 from loop.samples import Samples, prompts
@@ -116,7 +117,9 @@ def test_format_rates():
 
 def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
     """A row whose reply does not think: the prompt brings the empty block, which counts as the reply's."""
-    rows = [Row("", {}, to_messages({"question": "头晕？", "think": t, "answer": "多休息。"}, "")) for t in ("想", "")]
+    rows = [
+        Row("", {}, read_row({"question": "头晕？", "think": t, "answer": "多休息。"}).messages) for t in ("想", "")
+    ]
     examples = encode_rows(rows, tokenizer, 512, "error")[0]
     asked = prompts(rows, tokenizer)
     for prompt, example in zip(asked, examples, strict=True):
@@ -159,7 +162,7 @@ def test_samples_of_a_run(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "with/samples.jsonl").read_text().splitlines()]
     steps = [(line["step"], line["model"]) for line in lines]
     assert steps == [(step, "training") for step in (0, 2, 4) for _ in range(3)] + [(4, "best")] * 12
-    rows = [to_messages(json.loads(line), "") for line in (tmp_path / "with/data/val.jsonl").read_text().splitlines()]
+    rows = [read_row(json.loads(line)).messages for line in (tmp_path / "with/data/val.jsonl").read_text().splitlines()]
     assert [(line["question"], line["reference"]) for line in lines[-12:]] == [
         (row[0]["content"], row[1]["content"]) for row in rows
     ]

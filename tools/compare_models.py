@@ -15,8 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import rank_batches
 from data.encode import encode_rows
 from data.errors import UserError, cannot_import
-from data.rows import Row, to_messages
-from data.source import find_source, read_source
+from data.formats import read_row
+from data.read import read_file
+from data.rows import Row
+from data.source import find_source
 from loop.console import prepare_terminal
 from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
@@ -103,11 +105,13 @@ def run() -> None:
 def read_rows(dataset: str, system_prompt: str) -> list[Row]:
     """Every row of the file. Raises UserError naming the first that is unusable."""
     rows = []
-    for location, columns in read_source(find_source(dataset)):
-        try:
-            rows.append(Row(location, columns, to_messages(columns, system_prompt)))
-        except ValueError as reason:
-            raise UserError(f"{location} {reason}") from None
+    source = find_source(dataset)
+    for path in source.files:
+        for location, columns in read_file(path, path.name, source.part, []):
+            try:
+                rows.append(Row(location, columns, read_row(columns, system_prompt).messages))
+            except ValueError as reason:
+                raise UserError(f"{location} {reason}") from None
     if not rows:
         raise UserError(f"{dataset} has no rows")
     return rows

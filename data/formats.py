@@ -1,0 +1,184 @@
+"""Columns of a row -> one dialogue: the names that people give to a question, its thinking and its answer."""
+
+import functools
+import re
+import unicodedata
+from typing import NamedTuple
+
+from data.messages import add_thinking, assistant, clean, filled, read_messages, user
+from data.texts import as_text
+
+# What a column can be -> its names, in lower case, the most specific first; those in one set mean the same.
+COLUMNS = {
+    "dialogue": [{"messages"}, {"conversations", "conversation", "dialogue", "dialog", "qa_pairs", "对话"}],
+    "system": [{"system", "system_prompt", "系统提示", "系统提示词"}],
+    "history": [{"history", "历史", "历史对话"}],
+    "context": [{"context", "passage", "description", "病情描述"}],
+    "question": [{"question", "query", "problem", "ask", "问题", "提问"}, {"prompt"}, {"instruction"}, {"input"}],
+    "options": [{"option", "options", "选项"}],
+    "think": [
+        {"think", "thinking", "thought", "reasoning", "reasoning_content", "reasoning_reasoning_content", "complex_cot",
+         "cot", "chain_of_thought", "思考", "思考过程", "推理", "推理过程"},
+        {"explanation", "rationale", "解析"},
+    ],
+    "answer": [
+        {"answer", "response", "response_content", "reply", "答案", "回答", "回复"},
+        {"output", "completion"},
+        {"content", "solution", "target"},
+    ],
+}  # fmt: skip
+NAMES = set().union(*(names for ranks in COLUMNS.values() for names in ranks))
+Given = tuple[tuple[str, str], ...]  # (what it is, column), of --columns
+
+
+class Ambiguous(ValueError):
+    """Two columns of a row could be the same thing, and hold different text."""
+
+
+class Dialogue(NamedTuple):
+    """messages alternate user and assistant after an optional system message; an assistant message has `content`, if
+    it thinks `reasoning_content`, and if it is not to be trained `loss`: False. No text has whitespace around it."""
+
+    messages: list[dict]
+    used: dict[str, str]  # column -> what it became
+    unused: list[str]  # columns and message keys that hold something and are in no message
+    notes: list[tuple[str, str]]  # (what was odd, what was done)
+
+
+def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialogue:
+    """The dialogue of a row; system_prompt: of a row without one of its own.
+
+    Raises ValueError with the reason if the row cannot be trained on; Ambiguous if --columns must decide.
+    """
+    if not isinstance(columns, dict):
+        raise ValueError(f"is not an object but {type(columns).__name__}" if not isinstance(columns, str) else columns)
+    row, unused, notes = Columns(columns, given), set(), []
+    dialogue = row.take("dialogue")
+    if dialogue is not None:
+        messages = read_messages(dialogue, row.column("dialogue"), unused)
+    else:
+        history = read_messages(row.take("history") or [], row.column("history"), unused)
+        asked = read_question(row, system_prompt, unused)
+        begin = 1 if asked and asked[0]["role"] == "system" else 0
+        messages = [*asked[:begin], *history, *asked[begin:], *read_answer(row, unused)]
+    if len(messages) > 2 and messages[-1]["role"] == "user":
+        messages.pop()
+        notes.append(("ends with a user turn", "turn cut"))
+    system = row.text("system") or system_prompt
+    if system and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"roles must be user, assistant in turn (after an optional system), not {turns}")
+    if context := row.text("context"):
+        first = messages[len(roles) - len(turns)]
+        first["content"] = f"{context.strip()}\n\n{as_text(first['content'], first['name']).strip()}"
+    if think := row.text("think"):
+        add_thinking(messages[-1], think, row.column("think"))
+    messages = [clean(message, notes) for message in messages]
+    if not any(message.get("loss", True) for message in messages if message["role"] == "assistant"):
+        raise ValueError("has no turn to train: `loss` is false in all of them")
+    return Dialogue(
+        messages, row.used, [*(name for name in row.filled if name not in row.used), *sorted(unused)], notes
+    )
+
+
+class Columns:
+    """The columns of one row, and what became of them."""
+
+    def __init__(self, columns: dict, given: Given):
+        self.all = columns
+        self.filled = filled(columns)
+        self.candidates = candidates(tuple(self.filled), given)
+        self.used: dict[str, str] = {}
+
+    def take(self, role: str):
+        """The value of the most specific column that can be role; None without one."""
+        for names in self.candidates[role]:
+            if names:
+                value = self.filled[names[0]]
+                if any(self.filled[name] != value for name in names[1:]):
+                    both = " and ".join(f"`{name}`" for name in names)
+                    raise Ambiguous(f"{both} can both be the {role}; say which it is: --columns '{role}={names[0]}'")
+                self.used |= dict.fromkeys(names, role)
+                return value
+        return None
+
+    def text(self, role: str) -> str:
+        value = self.take(role)
+        return "" if value is None else as_text(value, self.column(role))
+
+    def column(self, role: str) -> str:
+        """The column that became role."""
+        return next((name for name, became in self.used.items() if became == role), role)
+
+    def missing(self, role: str) -> ValueError:
+        known = set().union(*COLUMNS[role])
+        empty = next((name for name in self.all if normal(name) in known), None)
+        return ValueError(f"`{empty}` is empty" if empty else f"has no {role}")
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(names: tuple[str, ...], given: Given) -> dict[str, list[list[str]]]:
+    """What it is -> the names that can be it, by rank; given ones come first and can be nothing else."""
+    said = {normal(column): role for role, column in given}
+    free = {name: normal(name) for name in names if normal(name) not in said}
+    return {
+        role: [
+            [name for name in names if said.get(normal(name)) == role],
+            *([name for name, plain in free.items() if plain in rank] for rank in ranks),
+        ]
+        for role, ranks in COLUMNS.items()
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def normal(name: str) -> str:
+    """A column's name without case, width, blanks and signs."""
+    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).casefold()).strip("_")
+
+
+def read_question(row: Columns, system_prompt: str, unused: set[str]) -> list[dict]:
+    question = row.take("question")
+    name = row.column("question")
+    if question is None:
+        raise row.missing("question")
+    if is_dialogue(question):
+        return read_messages(question, name, unused)
+    messages = []
+    more = next((other for other in row.filled if normal(other) == "input"), None)
+    if normal(name) == "instruction" and more is not None:  # as in Alpaca
+        row.used[more] = "question"
+        instruction, question = as_text(question, name), as_text(row.filled[more], more)
+        if instruction.strip() == system_prompt.strip():  # the *_format.jsonl of a run
+            row.used[name] = "system"
+            messages = [{"role": "system", "content": instruction}]
+        else:
+            question = f"{instruction}\n{question}"
+    options = row.take("options")
+    if options is not None:
+        question = f"{as_text(question, name)}\n{as_options(options)}"
+    return [*messages, user(question, name)]
+
+
+def read_answer(row: Columns, unused: set[str]) -> list[dict]:
+    answer = row.take("answer")
+    name = row.column("answer")
+    if answer is None:
+        raise row.missing("answer")
+    return read_messages(answer, name, unused) if is_dialogue(answer) else [assistant(answer, name)]
+
+
+def is_dialogue(value) -> bool:
+    """Messages where a text could stand, as in TRL's prompt and completion."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith('[{"role"'))
+
+
+def as_options(value) -> str:
+    """A. ..., B. ... of a question with choices."""
+    if isinstance(value, dict):
+        return "\n".join(f"{letter}. {text}" for letter, text in filled(value).items())
+    if isinstance(value, list):
+        return "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", value, strict=False))
+    return as_text(value, "options")

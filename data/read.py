@@ -1,0 +1,231 @@
+"""Files -> rows: JSON and JSON lines told apart by what they hold, CSV, parquet, Arrow, Excel; encodings recognised."""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.errors import UserError, cannot_import, one_line
+from data.formats import NAMES, normal
+
+FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+TEXT_TYPES = (".jsonl", ".json", ".csv", ".tsv")
+NUM_SNIFFED = 1000  # lines by which an encoding is told
+UTF8_IN_GB18030 = 16  # bytes: so many are no chance
+
+
+def file_type(path: Path) -> str | None:
+    """The suffix that says how a file is read; None if it cannot be."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in TEXT_TYPES:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes[-1:] and suffixes[-1] in FILE_TYPES else None
+
+
+def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
+    """(location, columns) of every row, or (location, reason) of one that cannot be read. name: of the file, in
+    locations. part: the split to take of a file that holds several. notes: gets what a person should know.
+
+    Raises UserError if the file cannot be read.
+    """
+    kind = file_type(path)
+    readers = {".parquet": read_parquet, ".arrow": read_arrow, ".xlsx": read_excel}
+    try:
+        if kind in readers:
+            for number, row in enumerate(readers[kind](path, notes), start=1):
+                yield f"{name} row {number}", row
+            return
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rb") as file:
+            encoding = find_encoding(file)
+            if encoding != "utf-8-sig":
+                notes.append(f"{name} is read as {encoding.upper()}")
+            file.seek(0)
+            if kind in (".csv", ".tsv"):
+                yield from read_csv(io.TextIOWrapper(file, encoding=encoding, newline=""), name)
+            elif is_json_lines(file, encoding):
+                yield from read_json_lines(file, name, encoding)
+            else:
+                text = file.read().decode(encoding)
+                for number, row in enumerate(json_rows(text, name, part, notes), start=1):
+                    yield f"{name} row {number}", "is not an object but text" if isinstance(row, str) else row
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # each format's reader raises its own kinds
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def find_encoding(file) -> str:
+    """utf-8-sig, gb18030 or utf-16, by the byte order mark or by what most of the first lines are."""
+    head = file.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in head[:2]:
+        return "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
+    file.seek(0)
+    sniffed = itertools.islice((line for line in file if not line.isascii()), NUM_SNIFFED)
+    votes = [decodes(line, "utf-8") or not decodes(line, "gb18030") for line in sniffed]
+    return "utf-8-sig" if sum(votes) * 2 >= len(votes) else "gb18030"
+
+
+def decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_json_lines(file, encoding: str) -> bool:
+    """Whether each line holds an object of its own, by the first lines; a file of one line is read whole."""
+    if encoding.startswith("utf-16"):
+        return False
+    lines = list(itertools.islice((line for line in file if line.strip()), 20))
+    file.seek(0)
+    return len(lines) > 1 and 2 * sum(isinstance(parse_line(line, encoding), dict) for line in lines) >= len(lines)
+
+
+def read_json_lines(file, name: str, encoding: str) -> Iterator[tuple[str, dict | str]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield f"{name}:{number}", parse_line(line, encoding)
+
+
+def parse_line(line: bytes, encoding: str) -> dict | str:
+    if encoding == "gb18030" and sum(byte > 127 for byte in line) >= UTF8_IN_GB18030 and decodes(line, "utf-8"):
+        return "is UTF-8 in a file of GB18030"
+    try:
+        row = json.loads(line.decode(encoding), object_pairs_hook=without_repeats)
+    except UnicodeDecodeError:
+        return f"is not valid {encoding.removesuffix('-sig').upper()}"
+    except Repeated as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return "is not valid JSON"
+    return "is not an object but text" if isinstance(row, str) else row
+
+
+class Repeated(ValueError):
+    """A key stands twice in an object."""
+
+
+def without_repeats(pairs: list[tuple]) -> dict:
+    """An object's keys and values; a second value of a key would replace the first without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise Repeated(f"has the key `{twice}` twice")
+    return content
+
+
+def json_rows(text: str, name: str, part: str, notes: list[str]) -> list:
+    """The rows of a JSON file: a list of them, an object that holds one, or objects one after another."""
+    values, decoder, position = [], json.JSONDecoder(object_pairs_hook=without_repeats), 0
+    text = text.removeprefix("\ufeff")
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at = getattr(error, "pos", position)
+            raise UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: is not valid JSON ({one_line(error)})") from None
+        values.append(value)
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0]
+    if len(values) == 1 and isinstance(values[0], dict) and not any(normal(key) in NAMES for key in values[0]):
+        return list_inside(values[0], name, part, notes)
+    return values
+
+
+def list_inside(content: dict, name: str, part: str, notes: list[str]) -> list:
+    """Of {"data": [...]}, or of a dictionary of splits."""
+    lists = {key: value for key, value in content.items() if isinstance(value, list) and value}
+    chosen = part or ("train" if "train" in lists else next(iter(lists), "") if len(lists) == 1 else "")
+    if chosen not in lists:
+        choice = f"the lists {', '.join(lists)}; choose one: " if lists else "no list of rows, but "
+        names = " or ".join(f"{name}:{key}" for key in lists) or ", ".join(map(repr, content))
+        raise UserError(f"{name} is one object with {choice}{names}")
+    notes += [f"{name}: `{key}` is not read" for key in content if key != chosen]
+    return lists[chosen]
+
+
+def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:
+    """Strict: a row with more fields than the header, or a quote that is not closed, is an error with its line."""
+    csv.field_size_limit(2**31 - 1)
+    first = file.readline()
+    file.seek(0)
+    delimiter = max(",\t;", key=first.count)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    begin = 1
+    try:
+        header = [field.strip() for field in next(reader, [])]
+        repeated = {field for field in header if field and header.count(field) > 1}
+        if repeated:
+            raise UserError(f"{name}: two columns are named {', '.join(sorted(repeated))}; rename one")
+        header = [field or f"column {number}" for number, field in enumerate(header, start=1)]
+        while True:
+            begin = reader.line_num + 1
+            fields = next(reader, None)
+            if fields is None:
+                return
+            if any(fields[len(header) :]):
+                raise UserError(
+                    f"{name}:{begin} has {len(fields)} fields, but the header has {len(header)}; a field that holds "
+                    f"{delimiter!r} stands in double quotes"
+                )
+            if any(fields):
+                yield f"{name}:{begin}", dict(zip(header, fields, strict=False))
+    except csv.Error as error:
+        reason = "a quote opens here and is never closed" if "unexpected end" in str(error) else str(error)
+        raise UserError(
+            f"{name}:{begin}: {reason}; a quote inside a quoted field is written twice, and one in a field without "
+            "quotes does not stand at its beginning"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}, after line {reader.line_num}: {one_line(error)}; save it as UTF-8") from None
+
+
+def read_parquet(path: Path, notes: list[str]) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise UserError(f"{path.name} has two columns of one name; rename one")
+    for batch in file.iter_batches():
+        yield from batch.to_pylist()
+
+
+def read_arrow(path: Path, notes: list[str]) -> Iterator[dict]:
+    """As datasets writes it, a stream, or as a file."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            reader = pyarrow.ipc.open_stream(source)
+            batches = iter(reader)
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def read_excel(path: Path, notes: list[str]) -> Iterator[dict]:
+    """The first sheet, all cells as text."""
+    try:
+        import openpyxl  # noqa: F401
+        import pandas
+    except ImportError as error:
+        raise cannot_import(error, error.name or "pandas", "excel") from error
+    with pandas.ExcelFile(path) as book:
+        first, *others = book.sheet_names
+        notes += [f"{path.name}: sheet {sheet} is not read" for sheet in others]
+        table = book.parse(first, dtype=str, keep_default_na=False)
+    for row in table.to_dict("records"):
+        yield {str(key): value for key, value in row.items()}

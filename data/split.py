@@ -1,0 +1,177 @@
+"""Split: the rows of a run as train, validation and test, what was left out, and the files that say so."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from data.errors import UserError
+from data.leaks import Exam
+from data.rows import Row, check_columns, read_given, read_set
+
+MAX_GROUPS = 20  # values of --group-by with a loss of their own; the rest is one more
+OTHERS = "..."
+
+
+@dataclasses.dataclass
+class Split:
+    train: list[Row]
+    val: list[Row]
+    report: dict
+    test: list[Row] = dataclasses.field(default_factory=list)
+    labels: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # location -> set and group, of val
+
+    def texts(self) -> Iterator[str]:
+        """Of every training row, from which a tokenizer can be made."""
+        for row in self.train:
+            for message in row.messages:
+                yield message["content"] + message.get("reasoning_content", "")
+
+
+def load_split(config) -> Split:
+    """The usable rows of config.dataset, each set split as the original experiment split its own, and the report.
+
+    All rows of a set as read are shuffled by `random.seed(seed)` and cut at int(n * (1 - val_fraction)); only then
+    are rows left out, so a bad row never moves another one to the other side. Test rows are cut off in front of the
+    validation rows. config: a loop.config.TrainConfig. Raises UserError.
+    """
+    given, problems, sets = read_given(config.columns), [], []
+    labels = Counter()
+    parts: dict[str, list[Row]] = {"train": [], "test": [], "val": []}
+    for text in config.dataset:
+        rows, about = read_set(text, config, given, labels, problems)
+        held_out = 0 if config.val_dataset else config.val_fraction
+        test = int(len(rows) * (1 - held_out - config.test_fraction)) if config.test_fraction else len(rows)
+        val = int(len(rows) * (1 - held_out))
+        cuts = {"train": rows[: min(test, val)], "test": rows[test:val], "val": rows[val:]}
+        for name, part in cuts.items():
+            parts[name] += [row for row in part if row is not None]
+        sets.append(about)
+    for text in config.val_dataset:
+        rows, about = read_set(text, config, given, labels, problems)
+        parts["val"] += [row for row in rows if row is not None]
+        sets.append(about)
+    check_columns(given, sets)
+
+    exam = Exam(config.exclude)
+    # A held-out side keeps a shared question: the evaluation stays what the split says it is.
+    test = left_out(without_repeats(parts["test"], problems), {}, exam, "test", problems)
+    taken = {row.question: ("test", row.location) for row in test}
+    val = left_out(without_repeats(parts["val"], problems), taken, exam, "val", problems)
+    taken |= {row.question: ("validation", row.location) for row in val}
+    train = left_out(without_repeats(parts["train"], problems), taken, exam, "train", problems)
+    split = Split(train, val, make_report(config, sets, train, val, test, problems), test)
+    split.labels = find_labels(val, config.group_by)
+    split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
+    for name, rows in (("train", train), ("evaluate", val)):
+        if not rows:
+            read = f"{split.report['rows']} rows read, val_fraction {config.val_fraction}"
+            raise UserError(f"{split.report['dataset']}: nothing left to {name} on: {read}")
+    return split
+
+
+def find_labels(val: list[Row], group_by: str) -> dict[str, tuple[str, ...]]:
+    """location -> the labels that get an evaluation loss of their own: the set, if there are several, and the value
+    of the column group_by. Raises UserError if no row has the column."""
+    sets = {row.dataset for row in val}
+    labels = {row.location: (row.dataset,) if len(sets) > 1 else () for row in val}
+    if group_by:
+        values = {row.location: group_value(row.columns.get(group_by)) for row in val}
+        if not any(row.columns.get(group_by) is not None for row in val):
+            found = ", ".join(f"`{name}`" for name in dict.fromkeys(name for row in val for name in row.columns))
+            raise UserError(f"--group-by {group_by}: no validation row has this column; there are {found}")
+        common = {value for value, _ in Counter(values.values()).most_common(MAX_GROUPS)}
+        for location, value in values.items():
+            labels[location] += (f"{group_by}/{value if value in common else OTHERS}",)
+    return {location: found for location, found in labels.items() if found}
+
+
+def group_value(value) -> str:
+    """As part of a metric's name."""
+    text = " ".join(value if isinstance(value, list) else [] if value is None else [str(value)]).strip()
+    return text.replace("/", "|")[:40] or "-"
+
+
+def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
+    seen: dict[bytes, str] = {}
+    kept = []
+    for row in rows:
+        key = hashlib.blake2b(json.dumps(row.messages, sort_keys=True).encode(), digest_size=16).digest()
+        if key in seen:
+            problem = f"is the same as {seen[key]}"
+            problems.append({"location": row.location, "problem": problem, "action": "duplicate, removed"})
+        else:
+            seen[key] = row.location
+            kept.append(row)
+    return kept
+
+
+def left_out(rows: list[Row], taken: dict, exam: Exam, side: str, problems: list[dict]) -> list[Row]:
+    """Rows whose question is neither held out already nor in an exam."""
+    kept = []
+    for row in rows:
+        question = row.question
+        if question in taken:
+            held_out, location = taken[question]
+            problem = f"its question is also a {held_out} question ({location})"
+        elif exam.holds(question):
+            held_out, problem = "exam", "its question is in a file of --exclude"
+        else:
+            kept.append(row)
+            continue
+        action = "excluded" if held_out == "exam" else f"removed from {side}"
+        problems.append({"location": row.location, "problem": problem, "action": action})
+    return kept
+
+
+def make_report(
+    config, sets: list[dict], train: list[Row], val: list[Row], test: list[Row], problems: list[dict]
+) -> dict:
+    actions = Counter(problem["action"] for problem in problems)
+    replies = [m for row in train + val for m in row.messages if m["role"] == "assistant" and m.get("loss", True)]
+    return {
+        "dataset": " ".join(config.dataset),
+        "file": ", ".join(name for about in sets for name in about["files"]),
+        "rows": sum(about["rows"] for about in sets),
+        "unusable": sum(about["unusable"] for about in sets),
+        "without_thinking": sum("reasoning_content" not in reply for reply in replies),
+        "replies": len(replies),
+        "duplicates": actions["duplicate, removed"],
+        "train_val_overlap": actions["removed from train"],
+        "excluded": actions["excluded"],
+        "train_rows": len(train),
+        "val_rows": len(val),
+        "test_rows": len(test),
+        "datasets": sets,
+        "problems": problems,
+    }
+
+
+def split_files(split: Split) -> dict[str, Iterable[str]]:
+    """Name -> lines: train.jsonl, val.jsonl (columns as read), *_format.jsonl, data_report.json; test.jsonl if there is
+    a test split."""
+    files = {"data_report.json": [json.dumps(split.report, ensure_ascii=False, indent=2) + "\n"]}
+    for name, rows in (("train", split.train), ("val", split.val), ("test", split.test)):
+        if rows or name != "test":
+            files[f"{name}.jsonl"] = to_jsonl(row.columns for row in rows)
+            files[f"{name}_format.jsonl"] = to_jsonl(line for row in rows for line in to_format(row))
+    return files
+
+
+def to_jsonl(rows: Iterable[dict]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def to_format(row: Row) -> list[dict]:
+    """instruction / input / output for each trained turn; earlier turns of a dialogue as `history`."""
+    system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
+    turns = row.messages[1:] if system else row.messages
+    lines, history = [], []
+    for user, reply in zip(turns[::2], turns[1::2], strict=True):
+        if reply.get("loss", True):
+            output = f"<think>\n{reply.get('reasoning_content', '')}\n</think>\n\n{reply['content']}"
+            line = {"instruction": system, "input": user["content"], "output": output}
+            lines.append({**line, "history": list(history)} if history else line)
+        history.append([user["content"], reply["content"]])
+    return lines

@@ -1,0 +1,100 @@
+"""Text of a row: what is empty, and where the thinking ends and the answer begins."""
+
+import ast
+import json
+import re
+
+# Text that a chat template or a tokenizer would take for structure.
+MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
+TAG = re.compile(r"[<＜]\s*(?P<end>[/／]?)\s*(?:think|thinking|thought)\s*[>＞]", re.IGNORECASE)
+HEADINGS = re.compile(
+    r"\s*#+\s*(?:Thinking|思考|思考过程)\s*\n(.*?)\n\s*#+\s*(?:Final Response|最终回答|最终回复)\s*\n(.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+# What pandas and str() write for an empty cell, and what people write for no thinking.
+EMPTY = {"none", "nan", "null", "<na>", "n/a"}
+NO_THINKING = EMPTY | {"无", "没有", "-"}
+
+
+def is_blank(value) -> bool:
+    """Nothing: null, NaN, whitespace, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or value in ([], {}, ())
+
+
+def as_text(value, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` is not text but {type(value).__name__}")
+    return value
+
+
+def from_text(text: str, column: str):
+    """A list of messages as JSON, or as Python writes it, which is what str() leaves in a table."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"`{column}` is not a list of messages") from None
+
+
+def join_parts(content) -> tuple[object, str, set[str]]:
+    """(text, thinking, keys that are not read) of a content that may be a list of parts."""
+    if not isinstance(content, list):
+        return content, "", set()
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind not in texts or not isinstance(part.get(kind), str):
+            raise ValueError(f"has a content part of type {kind!r}; text can be trained on")
+        texts[kind].append(part[kind])
+    left = {f"content[].{key}" for part in content for key in part if key != "type" and key != part.get("type", "text")}
+    return "".join(texts["text"]), "".join(texts["thinking"]), left
+
+
+def as_thinking(value, key: str) -> str:
+    """Thinking as text, or as OpenRouter's list of parts."""
+    if key != "reasoning_details":
+        if not isinstance(value, str):
+            raise ValueError(f"the thinking is not text but {type(value).__name__}")
+        return value
+    parts = value if isinstance(value, list) else [value]
+    texts = [part.get("text") or part.get("summary") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def keys_of_details(parts) -> set[str]:
+    """What OpenRouter's parts hold besides the text: signatures, and thinking that is encrypted."""
+    keys = {key for part in parts if isinstance(part, dict) for key in part} if isinstance(parts, list) else set()
+    return {f"reasoning_details[].{key}" for key in keys - {"type", "text", "summary"}}
+
+
+def strip_tags(think: str) -> str:
+    """Thinking without the tags around it."""
+    tags = list(TAG.finditer(think))
+    if tags and not think[: tags[0].start()].strip() and not tags[0]["end"]:
+        think = think[tags.pop(0).end() :]
+    tags = list(TAG.finditer(think))
+    if tags and tags[-1]["end"] and not think[tags[-1].end() :].strip():
+        think = think[: tags[-1].start()]
+    return think
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """(thinking, answer) of a reply that may begin with a block of thinking, opened or only closed."""
+    tags = list(TAG.finditer(content))
+    kinds = ["end" if tag["end"] else "begin" for tag in tags]
+    if kinds == ["begin", "end"] and not content[: tags[0].start()].strip():
+        return content[tags[0].end() : tags[1].start()], content[tags[1].end() :]
+    if kinds == ["end"]:
+        return content[: tags[0].start()], content[tags[0].end() :]
+    if kinds == ["begin"]:
+        raise ValueError(f"has {tags[0].group()} without its end")
+    if kinds:
+        raise ValueError(f"has the chat marker {tags[-1].group()} inside its text")
+    if headings := HEADINGS.fullmatch(content):
+        return headings.groups()
+    return "", content

@@ -1,0 +1,243 @@
+"""Files as they lie about: what they hold, how they are encoded, and which of them a name means."""
+
+import csv
+import gzip
+import json
+import shutil
+
+import pytest
+from conftest import good_row, load
+
+from data.errors import UserError
+from data.read import read_file
+from data.source import find_source, public_name
+
+ROWS = [good_row(index) for index in range(20)]
+TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+def as_csv(rows, path, encoding="utf-8", delimiter=","):
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows):
+    import pyarrow
+
+    return pyarrow.Table.from_pylist(rows)
+
+
+def save_to_disk(rows, folder):
+    """As datasets 5.2 writes it."""
+    import pyarrow
+
+    folder.mkdir(parents=True)
+    with pyarrow.ipc.new_stream(folder / "data-00000-of-00001.arrow", table(rows).schema) as writer:
+        writer.write_table(table(rows))
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def write_parquet(path):
+    import pyarrow.parquet
+
+    map_type = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    meta = pyarrow.array([[("icd", "R42")]] * len(ROWS), map_type)
+    pyarrow.parquet.write_table(table(ROWS).append_column("meta", meta), path)
+
+
+def write_excel(path):
+    import pandas
+
+    with pandas.ExcelWriter(path) as book:
+        pandas.DataFrame(ROWS).to_excel(book, sheet_name="问答", index=False)
+        pandas.DataFrame([{"a": 1}]).to_excel(book, sheet_name="备注", index=False)
+
+
+# name of the file -> (how to write it, what is said)
+FILES = {
+    "lines.jsonl": (lambda path: path.write_text(TEXT), []),
+    "lines.json": (lambda path: path.write_text(TEXT), []),
+    "mac.jsonl": (lambda path: path.write_text(TEXT.replace("\n", "\r"), newline=""), []),
+    "list.json": (lambda path: path.write_text(json.dumps(ROWS)), []),
+    "list.jsonl": (lambda path: path.write_text(json.dumps(ROWS, indent=2, ensure_ascii=False)), []),
+    "pretty.jsonl": (lambda path: path.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS)), []),
+    "data.json": (lambda path: path.write_text(json.dumps({"version": "1", "data": ROWS})), ["`version` is not read"]),
+    "splits.json": (
+        lambda path: path.write_text(json.dumps({"train": ROWS, "test": ROWS[:3]})), ["`test` is not read"],
+    ),
+    "bom.jsonl": (lambda path: path.write_text(TEXT, encoding="utf-8-sig"), []),
+    "gbk.jsonl": (lambda path: path.write_text(TEXT, encoding="gbk"), ["read as GB18030"]),
+    "utf16.json": (lambda path: path.write_text(TEXT, encoding="utf-16"), ["read as UTF-16"]),
+    "utf16le.json": (lambda path: path.write_text(TEXT, encoding="utf-16-le"), ["read as UTF-16-LE"]),
+    "lines.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(TEXT.encode())), []),
+    "a.csv": (lambda path: as_csv(ROWS, path), []),
+    "gb.csv": (lambda path: as_csv(ROWS, path, "gb18030"), ["read as GB18030"]),
+    "tab.csv": (lambda path: as_csv(ROWS, path, delimiter="\t"), []),
+    "semicolon.csv": (lambda path: as_csv(ROWS, path, delimiter=";"), []),
+    "a.tsv": (lambda path: as_csv(ROWS, path, delimiter="\t"), []),
+    "utf16.csv": (lambda path: as_csv(ROWS, path, "utf-16"), ["read as UTF-16"]),
+    "a.csv.gz": (lambda path: [as_csv(ROWS, path), path.write_bytes(gzip.compress(path.read_bytes()))], []),
+    "map.parquet": (write_parquet, []),
+    "book.xlsx": (write_excel, ["sheet 备注 is not read"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text(TEXT, encoding="utf-8")
+    return [row.messages for row in load(path).train]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_by_what_it_holds(name, expected, tmp_path):
+    write, said = FILES[name]
+    write(tmp_path / name)
+    split = load(tmp_path / name)
+    assert [row.messages for row in split.train] == expected
+    notes = split.report["datasets"][0]["notes"]
+    assert len(notes) == len(said) and all(words in note for words, note in zip(said, notes, strict=True)), notes
+    assert split.report["unusable"] == 0
+
+
+FOLDERS = {
+    "one file": {"a.jsonl": ROWS},
+    "shards": {"train-00000-of-00002.jsonl": ROWS[:9], "train-00001-of-00002.jsonl": ROWS[9:]},
+    "files of any name": {"a.jsonl": ROWS[:9], "b/b.json": ROWS[9:], "README.md": [], ".cache/c.jsonl": ROWS},
+    "splits by name": {"train.jsonl": ROWS, "test.jsonl": ROWS[:2], "validation.jsonl": ROWS[:2]},
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_its_files(name, expected, tmp_path):
+    for file, rows in FOLDERS[name].items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join(json.dumps(row) for row in rows))
+    split = load(tmp_path)
+    assert [row.messages for row in split.train] == expected
+    assert len({row.location for row in split.train + split.val}) == 20
+    notes = split.report["datasets"][0]["notes"]
+    assert len(notes) == (2 if name == "splits by name" else 0)
+    if notes:
+        assert f"--val-dataset {tmp_path}/test.jsonl" in notes[0]
+        held_out = load(tmp_path, val_dataset=(f"{tmp_path}:test",))
+        assert (len(held_out.train), len(held_out.val)) == (18, 2)  # the two are in train.jsonl too
+
+
+def test_what_save_to_disk_wrote(expected, tmp_path):
+    save_to_disk(ROWS, tmp_path / "one")
+    assert [row.messages for row in load(tmp_path / "one").train] == expected
+    for split in ("train", "test"):
+        save_to_disk(ROWS if split == "train" else ROWS[:4], tmp_path / "dict" / split)
+    (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    split = load(tmp_path / "dict")
+    assert [row.messages for row in split.train] == expected
+    assert split.report["datasets"][0]["notes"] == [
+        f"split test is not read; --val-dataset {tmp_path / 'dict'}:test takes it"
+    ]
+    assert len(load(f"{tmp_path / 'dict'}:test", val_fraction=0.5).train) == 2
+    with pytest.raises(UserError, match="holds the splits train, test; choose one"):
+        load(f"{tmp_path / 'dict'}:dev")
+
+
+BAD = {
+    "comma.csv": ("question,think,answer\n问,想,先喝水,再休息\n", ["comma.csv:2 has 4 fields, but the header has 3"]),
+    "open.csv": ('question,think,answer\n问,想,答\n问,想,"答\n问,想,答\n', ["open.csv:3: a quote opens here"]),
+    "closed.csv": ('question,think,answer\n问,想,"答"案\n', ["closed.csv:2"]),
+    "twice.csv": ("question,answer,answer\n问,答,答二\n", ["two columns are named answer"]),
+    "half.json": ('[{"question": "问"},\n{"question": ', ["half.json:2: is not valid JSON"]),
+    "keys.json": ('[{"question": "问",\n "question": "问二"}]', ["the key `question` twice"]),
+    "lists.json": (json.dumps({"a": ROWS, "b": ROWS}), ["the lists a, b", "lists.json:a or lists.json:b"]),
+    "object.json": ('{"a": {"b": 1}}', ["object.json is one object with no list of rows"]),
+    "empty.jsonl": ("", ["nothing left to train on: 0 rows read"]),
+    "half.parquet": ("PAR1", ["cannot read", "half.parquet"]),
+    "half.jsonl.gz": ("no gzip", ["cannot read", "half.jsonl.gz"]),
+    "half.arrow": ("no arrow", ["cannot read", "half.arrow"]),
+    "half.xlsx": ("no excel", ["half.xlsx"]),
+    "notes.docx": ("x", ["a dataset file ends in .jsonl"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_cannot_be_read_is_told_with_its_place(name, tmp_path):
+    text, wanted = BAD[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / name)
+    assert all(words in str(error.value) for words in wanted), error.value
+
+
+def test_lines_of_another_encoding_are_named(tmp_path):
+    """A few of them among many: each is left out with its line, none is read as what it is not."""
+    for most, other, reason in (("utf-8", "gbk", "is not valid UTF-8"), ("gbk", "utf-8", "is UTF-8 in a file of GB")):
+        lines = [json.dumps(row, ensure_ascii=False).encode(most) for row in ROWS]
+        lines[6] = json.dumps(ROWS[6], ensure_ascii=False).encode(other)
+        (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+        (problem,) = load(tmp_path / "rows.jsonl").report["problems"]
+        assert problem["location"] == "rows.jsonl:7" and reason in problem["problem"]
+
+
+def test_an_excel_file_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.\[excel\]"):
+        list(read_file(tmp_path / "a.xlsx", "a.xlsx", "", []))
+
+
+def test_names_have_a_part_and_an_amount(tmp_path):
+    (tmp_path / "a:b.jsonl").write_text(TEXT)
+    (tmp_path / "c.json").write_text(json.dumps({"x": ROWS, "y": ROWS[:5]}))
+    assert len(load(tmp_path / "a:b.jsonl").train) == 18
+    assert len(load(f"{tmp_path}/a:b.jsonl:10").train) == 9
+    assert len(load(f"{tmp_path}/a:b.jsonl:50%").train) == 9
+    assert len(load(f"{tmp_path}/c.json:x:10").train) == 9
+    few = load(f"{tmp_path}/c.json:y:500")
+    assert len(few.train) == 4 and "has 5 rows, fewer than the 500 asked for" in few.report["datasets"][0]["notes"][-1]
+    assert find_source(f"{tmp_path}/c.json:y").label == "c-y"
+    assert public_name(f"{tmp_path}/c.json:y:500") == "c.json:y:500" and public_name("a/b:zh:5%") == "a/b:zh:5%"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A ModelScope where each set is a folder."""
+
+    def download(kind, name, patterns):
+        if not (tmp_path / "hub" / name).is_dir():
+            raise UserError(f"no {name}")
+        return tmp_path / "hub" / name
+
+    def add(name, files):
+        for file, content in files.items():
+            path = tmp_path / "hub" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)))
+
+    monkeypatch.setattr("data.source.download", download)
+    return add
+
+
+def test_sets_of_several_files_on_modelscope(hub, expected, tmp_path):
+    hub("a/one", {"README.md": "数据集", "data.jsonl": ROWS})
+    hub("a/shards", {"data-0.jsonl": ROWS[:9], "data-1.jsonl": ROWS[9:]})
+    hub("a/files", {"sft.json": ROWS, "sft_Chinese.json": ROWS[:9]})
+    head = "configs:\n- config_name: zh\n  data_files: sft_Chinese.json\n- config_name: en\n  data_files:\n"
+    head += "  - split: train\n    path: sft.json\n  - split: test\n    path: t.json\n"
+    hub("a/subsets", {"README.md": f"---\n{head}---\n", "sft.json": ROWS, "sft_Chinese.json": ROWS[:9], "t.json": []})
+    for name in ("a/one", "a/shards", "a/files/sft.json", "a/subsets:en"):
+        assert [row.messages for row in load(name).train] == expected, name
+    for name in ("a/files:chinese", "a/files/sft_Chinese.json", "a/subsets:zh"):
+        assert len(load(name).train) == 8, name
+    for name, wanted in {
+        "a/files": r"--dataset a/files/sft.json\n  --dataset a/files/sft_Chinese.json",
+        "a/subsets": "--dataset a/subsets:zh or --dataset a/subsets:en",
+        "a/one:zh": "no file is named after 'zh'; there are data.jsonl",
+        "a/one/other.json": "has no file other.json",
+        "nowhere.jsonl": "there is no dataset file",
+        "./nowhere": "there is no dataset file",
+    }.items():
+        with pytest.raises(UserError, match=wanted):
+            load(name)
+    shutil.rmtree(tmp_path / "hub")
