@@ -81,12 +81,15 @@ def decodes(line: bytes, encoding: str) -> bool:
 
 
 def is_json_lines(file, encoding: str) -> bool:
-    """Whether each line holds an object of its own, by the first lines; a file of one line is read whole."""
+    """Whether each line holds an object of its own, by the first lines."""
     if encoding.startswith("utf-16"):
         return False
     lines = list(itertools.islice((line for line in file if line.strip()), 20))
     file.seek(0)
-    return len(lines) > 1 and 2 * sum(isinstance(parse_line(line, encoding), dict) for line in lines) >= len(lines)
+    rows = [row for row in (parse_line(line, encoding) for line in lines) if isinstance(row, dict)]
+    if len(lines) == 1:
+        return len(rows) == 1 and not lists_of(rows[0])
+    return bool(lines) and 2 * len(rows) >= len(lines)
 
 
 def read_json_lines(file, name: str, encoding: str) -> Iterator[tuple[str, dict | str]]:
@@ -138,21 +141,22 @@ def json_rows(text: str, name: str, part: str, notes: list[str]) -> list:
         values.append(value)
     if len(values) == 1 and isinstance(values[0], list):
         return values[0]
-    if len(values) == 1 and isinstance(values[0], dict) and not any(normal(key) in NAMES for key in values[0]):
-        return list_inside(values[0], name, part, notes)
-    return values
-
-
-def list_inside(content: dict, name: str, part: str, notes: list[str]) -> list:
-    """Of {"data": [...]}, or of a dictionary of splits."""
-    lists = {key: value for key, value in content.items() if isinstance(value, list) and value}
-    chosen = part or ("train" if "train" in lists else next(iter(lists), "") if len(lists) == 1 else "")
+    lists = lists_of(values[0]) if len(values) == 1 and isinstance(values[0], dict) else {}
+    if not lists:
+        return values
+    chosen = part or ("train" if "train" in lists else next(iter(lists)) if len(lists) == 1 else "")
     if chosen not in lists:
-        choice = f"the lists {', '.join(lists)}; choose one: " if lists else "no list of rows, but "
-        names = " or ".join(f"{name}:{key}" for key in lists) or ", ".join(map(repr, content))
-        raise UserError(f"{name} is one object with {choice}{names}")
-    notes += [f"{name}: `{key}` is not read" for key in content if key != chosen]
+        choices = " or ".join(f"{name}:{key}" for key in lists)
+        raise UserError(f"{name} is one object with the lists {', '.join(lists)}; choose one: {choices}")
+    notes += [f"{name}: `{key}` is not read" for key in values[0] if key != chosen]
     return lists[chosen]
+
+
+def lists_of(content: dict) -> dict[str, list]:
+    """The lists of rows in {"data": [...]} or in a dictionary of splits; none in a row."""
+    if any(normal(key) in NAMES for key in content):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, list) and value}
 
 
 def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:

@@ -151,7 +151,7 @@ BAD = {
     "half.json": ('[{"question": "问"},\n{"question": ', ["half.json:2: is not valid JSON"]),
     "keys.json": ('[{"question": "问",\n "question": "问二"}]', ["the key `question` twice"]),
     "lists.json": (json.dumps({"a": ROWS, "b": ROWS}), ["the lists a, b", "lists.json:a or lists.json:b"]),
-    "object.json": ('{"a": {"b": 1}}', ["object.json is one object with no list of rows"]),
+    "object.json": ('{"a": {"b": 1}}', ["object.json:1 has no question", "The columns are `a`"]),
     "empty.jsonl": ("", ["nothing left to train on: 0 rows read"]),
     "half.parquet": ("PAR1", ["cannot read", "half.parquet"]),
     "half.jsonl.gz": ("no gzip", ["cannot read", "half.jsonl.gz"]),

@@ -198,7 +198,7 @@ def test_a_comparison_that_cannot_be_made_is_told(overfitted, tmp_path, jsonl, m
     for arguments, message in {
         (best, tmp_path, "--dataset", overfitted / "data/val.jsonl"): "has no config.json",
         (best, best, "--dataset", tmp_path / "none.jsonl"): "none.jsonl",
-        (best, best, "--dataset", jsonl([{"question": "?"}])): "rows.jsonl:1 has no `think`",
+        (best, best, "--dataset", jsonl([{"question": "?"}])): "rows.jsonl:1 has no answer",
     }.items():
         monkeypatch.setattr(sys, "argv", ["tools.compare_models", *map(str, arguments), "--out", str(tmp_path / "out")])
         with pytest.raises(SystemExit, match="^tools.compare_models: .*" + message):

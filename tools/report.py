@@ -16,6 +16,10 @@ from loop.run_folder import is_held, read_run, read_status
 from model.generate import Reply, format_rates
 
 NUM_ANSWERS = 5
+GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
+# Some of these come with each system; matplotlib has no Chinese font of its own.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
+                 "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
 # A rise of the evaluation loss by less than this share of it is not called overfitting.
 NOISE = 0.005
 
@@ -66,6 +70,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     rates = format_rates([Reply(*(sample[name] for name in Reply._fields)) for sample in answers]) if answers else {}
     data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
+    groups = groups_of(evaluations, verdict, data)
     stands = read_status(run_dir)
     status = stands.get("status")
     if status == "running" and not is_held(run_dir):
@@ -78,6 +83,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         train=train,
         evaluations=evaluations,
         verdict=verdict,
+        groups=groups,
         tokens_per_s=statistics.median(row["perf/tokens_per_s"] for row in train) if train else None,
         peak_gib=max(row["memory/peak_gib"] for row in train) if train else None,
         step=max(row["step"] for row in [*rows, {"step": 0, **stands}]),
@@ -85,7 +91,7 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         num_answers=len(answers),
         rates={name: f"{rate:.0%}" for name, rate in rates.items()},
     )
-    draw(run_dir / "report", train, evaluations, verdict, status)
+    draw(run_dir / "report", train, evaluations, verdict, status, groups)
     write_text(run_dir / "report.md", text)
     return run_dir / "report.md"
 
@@ -110,6 +116,31 @@ def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
     return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
 
 
+class Group(NamedTuple):
+    """A set or a group of validation rows, and its evaluation loss before training, at the best step and at the end."""
+
+    name: str
+    rows: int
+    first: float
+    best: float
+    last: float
+    curve: list[float]
+
+
+def groups_of(evaluations: list[dict], verdict: Verdict, data: dict) -> list[Group]:
+    names = [key.removeprefix(GROUP) for key in evaluations[0] if key.startswith(GROUP)]
+    counts = data.get("groups", {})
+    return [
+        Group(
+            name,
+            counts.get(name, 0),
+            *(row.get(GROUP + name, math.nan) for row in (verdict.first, verdict.best, verdict.last)),
+            [row.get(GROUP + name, math.nan) for row in evaluations],
+        )
+        for name in names
+    ]
+
+
 def read_lines(path: Path) -> list[dict]:
     """Rows of a file that a run may be writing to; numbers that are not finite are strings there."""
     rows = []
@@ -123,8 +154,11 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def draw(folder: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None) -> None:
-    """loss.png, parts.png, training.png. Labels are in English: matplotlib has no Chinese font of its own."""
+def draw(
+    folder: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None, groups: list[Group]
+) -> None:
+    """loss.png, parts.png, training.png, and groups.png if there are some. Labels are in English: matplotlib has no
+    Chinese font of its own."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -181,7 +215,27 @@ def draw(folder: Path, train: list[dict], evaluations: list[dict], verdict: Verd
         panel.set(xlabel="step", title=title)
     panels[2].set_ylim(bottom=0)
     figure.savefig(folder / "training.png", dpi=120)
+    if groups:
+        draw_groups(folder / "groups.png", groups, [row["step"] for row in evaluations])
     plt.close("all")
+
+
+def draw_groups(path: Path, groups: list[Group], steps: list[int]) -> None:
+    """The loss of each group less its loss before training. Without a Chinese font a name that needs one is shown as
+    its number in the table."""
+    from matplotlib import font_manager
+    from matplotlib import pyplot as plt
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    font = next((name for name in CHINESE_FONTS if name in installed), None)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for number, group in enumerate(groups, start=1):
+        fall = [loss - group.curve[0] for loss in group.curve]
+        label = group.name if font or group.name.isascii() else f"{number}. (see the table)"
+        axes.plot(steps, fall, label=f"{label}, {group.rows} rows", marker="os^v<>DP"[number % 8], alpha=0.8)
+    axes.set(xlabel="step", ylabel="eval loss less that before training, nats")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, prop={"family": [font or "DejaVu Sans"]})
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -1,0 +1,170 @@
+"""Several datasets, a test split, groups and leaks; and a run on all of it."""
+
+import json
+
+import pytest
+from conftest import good_row, load
+from ranks import run
+from runs import assert_same_end, metrics_of, newest, status_of
+
+from data.errors import UserError
+from data.leaks import question_key
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Three sets in three formats, with departments."""
+    folder = tmp_path_factory.mktemp("sets")
+    rows = [good_row(index) for index in range(90)]
+    departments = ["内科", "外科", "儿科"]
+    own = [{**row, "department": departments[i % 3]} for i, row in enumerate(rows[:30])]
+    o1 = [{"Question": r["question"], "Complex_CoT": r["think"], "Response": r["answer"]} for r in rows[30:60]]
+    chats = [
+        {"conversations": [{"from": "human", "value": r["question"]}, {"from": "gpt", "value": r["answer"]}],
+         "department": departments[i % 2]}
+        for i, r in enumerate(rows[60:])
+    ]  # fmt: skip
+    for name, content in {"own.jsonl": own, "o1.json": o1, "chats.jsonl": chats}.items():
+        text = json.dumps(content) if name.endswith(".json") else "\n".join(map(json.dumps, content))
+        (folder / name).write_text(text)
+    return [folder / name for name in ("own.jsonl", "o1.json", "chats.jsonl")]
+
+
+def test_each_set_is_split_as_it_would_be_alone(files):
+    mix = load(files[0], f"{files[1]}:20", f"{files[2]}:50%", val_fraction=0.2, group_by="department")
+    alone = [load(files[0], val_fraction=0.2), load(f"{files[1]}:20", val_fraction=0.2)]
+    assert [row.messages for row in mix.train[:24]] == [row.messages for row in alone[0].train]
+    assert [row.messages for row in mix.train[24:40]] == [row.messages for row in alone[1].train]
+    assert [row.messages for row in mix.val[:10]] == [row.messages for split in alone for row in split.val]
+    assert [about["rows"] for about in mix.report["datasets"]] == [30, 20, 15]
+    assert [about["label"] for about in mix.report["datasets"]] == ["own", "o1", "chats"]
+    assert mix.report["datasets"][1]["columns"]["Complex_CoT"] == {"think": 20}
+    assert mix.report["datasets"][2]["not_used"] == {"department": 15}
+    assert mix.report["without_thinking"] == 15 and mix.report["replies"] == 65
+    groups = mix.report["groups"]
+    assert (groups["own"], groups["o1"], groups["chats"]) == (6, 4, 3)
+    assert sum(count for label, count in groups.items() if label.startswith("department/")) == 13
+    assert groups["department/-"] == 4  # the rows of o1 have no department
+    assert not load(files[0]).labels
+
+
+def test_a_test_split_leaves_the_validation_rows_as_they_are(files):
+    without, split = load(files[0]), load(files[0], test_fraction=0.2)
+    assert [row.columns for row in split.val] == [row.columns for row in without.val]
+    assert (len(split.train), len(split.test), len(split.val)) == (21, 6, 3)
+    assert [row.columns for row in split.train + split.test] == [row.columns for row in without.train]
+
+
+def test_a_validation_file_of_its_own(files):
+    split = load(files[0], val_dataset=(str(files[1]),), test_fraction=0.1)
+    assert (len(split.train), len(split.test), len(split.val)) == (27, 3, 30)
+    assert split.report["datasets"][1]["label"] == "o1" and not split.labels
+
+
+SAME = [
+    "头晕怎么办?",
+    "头晕怎么办？",
+    " 头晕 怎么办",
+    "头晕，怎么办！",
+    "头晕\u200b怎么办\ufeff？",
+    "頭暈"[:0] + "头晕怎么办……",
+]
+OTHER = ["体温38.5怎么办", "体温385怎么办", "血压>140", "血压<140", "剂量5%", "剂量5", "1-2片", "12片"]
+
+
+def test_questions_are_the_same_whatever_their_punctuation():
+    assert len({question_key(text) for text in SAME}) == 1
+    assert question_key("ＡＢＣ １２３？") == question_key("abc123")
+    assert len({question_key(text) for text in OTHER}) == len(OTHER)
+
+
+def test_leaks_between_sets_and_from_an_exam_are_removed(jsonl, tmp_path):
+    rows = [good_row(index) for index in range(20)]
+    clean = load(jsonl(rows))
+    held_out = clean.val[0].columns["question"]
+    other = [{"query": held_out.replace("？", " ? "), "response": "别的回答。"}, *(good_row(i) for i in range(30, 40))]
+    questions = [row.columns["question"] for row in clean.train[:2]]
+    exam = tmp_path / "exam.csv"
+    long = "下列关于高血压患者用药的说法正确的是哪一项"
+    exam.write_text(f",Question,A,B,C,D,Answer\n0,{questions[0]},1,2,3,4,A\n1,{long}？,1,2,3,4,B\n", encoding="utf-8")
+    inside = {"question": f"考试题：{long}:\nA. 1\nB. 2", "think": "想。", "answer": "B"}
+    split = load(jsonl(rows), jsonl([*other, inside], "other.jsonl"), exclude=(str(exam),))
+    removed = {problem["location"]: problem["action"] for problem in split.report["problems"]}
+    assert split.report["train_val_overlap"] + split.report["excluded"] == len(removed) == 3
+    assert removed["other.jsonl:12"] == "excluded" and split.report["excluded"] == 2
+    assert "other.jsonl:1" in removed
+    assert questions[0] not in [row.columns.get("question") for row in split.train]
+    with pytest.raises(UserError, match=r"--exclude .*: bad.jsonl:1 has no question"):
+        load(jsonl(rows), exclude=(str(jsonl([{"text": "x"}], "bad.jsonl")),))
+
+
+def test_files_of_one_name_keep_their_places_apart(jsonl, tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(jsonl([{**good_row(i), "question": f"{name}{i}？"} for i in range(10)], f"{name}/rows.jsonl"))
+    split = load(*paths)
+    places = [row.location for row in split.train + split.val]
+    assert len(set(places)) == 20 and "rows-2/rows.jsonl:1" in places
+    assert [about["label"] for about in split.report["datasets"]] == ["rows", "rows-2"]
+
+
+def test_a_group_that_no_row_has(files):
+    with pytest.raises(UserError, match="--group-by ward: no validation row has this column; there are `question`"):
+        load(files[0], group_by="ward")
+
+
+def test_rare_groups_are_one(jsonl):
+    rows = [{**good_row(i), "icd": f"R{min(i, 39)}"} for i in range(60)]
+    groups = load(jsonl(rows), val_fraction=0.9, group_by="icd").report["groups"]
+    assert len(groups) == 21 and sum(groups.values()) == 55
+    assert groups["icd/R39"] == max(groups.values()) or groups["icd/..."] == max(groups.values())
+
+
+@pytest.mark.integration
+def test_a_mix_trains_evaluates_by_set_and_group_and_resumes(files, tmp_path):
+    """Killed and resumed to the same bits; the losses of groups are those of their rows, on two ranks too."""
+    args = [
+        "tiny",
+        "--dataset",
+        files[0],
+        f"{files[1]}:20",
+        files[2],
+        "--group-by",
+        "department",
+        "--test-fraction",
+        "0.1",
+    ]
+    args += [
+        "--val-fraction",
+        "0.2",
+        "--max-steps",
+        "8",
+        "--eval-steps",
+        "4",
+        "--save-steps",
+        "2",
+        "--max-length",
+        "192",
+    ]
+    args += ["--sample-max-new-tokens", "8", "--resume", "--output-dir"]
+    for name, fault in (("whole", ""), ("run", "kill_in_step(5)"), ("run", "")):
+        outcome = run([*args, tmp_path / name], "one", fault, tmp_path / "log")
+        assert outcome.codes == [-9 if fault else 0], outcome.output
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert "o1: 20 rows; `Question` → question (20 rows), `Complex_CoT` → thinking (20 rows)" in outcome.output
+    assert "chats: not used: `department` (30 rows)" in outcome.output
+    assert "of 72 replies have no thinking" in outcome.output
+    assert len((tmp_path / "run/data/test.jsonl").read_text().splitlines()) == 8
+    assert newest(tmp_path / "run").name == "step-00000008" and status_of(tmp_path / "run")["status"] == "completed"
+    rows = [row for row in metrics_of(tmp_path / "run") if "eval/loss" in row]
+    names = {"own", "o1", "chats", "department/内科", "department/外科", "department/儿科", "department/-"}
+    for row in rows:
+        assert {name.removeprefix("eval/loss/") for name in row if name.startswith("eval/loss/")} == names
+    two = [*args, tmp_path / "two", "--gradient-accumulation-steps", "2", "--per-device-eval-batch-size", "3"]
+    assert run(two, "ddp2", "", tmp_path / "log").codes == [0, 0]
+    first = next(row for row in metrics_of(tmp_path / "two") if "eval/loss" in row)
+    for name in ("eval/loss", *(f"eval/loss/{name}" for name in names)):
+        assert first[name] == pytest.approx(rows[0][name], abs=1e-5)
+    report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert "内科" in report and "report/groups.png" in report and "`Complex_CoT`" in report
