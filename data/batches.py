@@ -92,6 +92,19 @@ def rank_batches(rows: Sequence[Example], **packing) -> list[MicroBatch]:
     return [collate(group) for group in rank_rows(rows, **packing)]
 
 
+class Collated(Sequence):
+    """Micro-batches that are laid out when they are asked for."""
+
+    def __init__(self, groups: list[list[Example]]):
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return collate(self.groups[index])
+
+
 def rank_rows(
     rows: Sequence[Example], *, batch_size: int, micro_batch_tokens: int = 0, rank: int = 0, world_size: int = 1
 ) -> list[list[Example]]:
@@ -100,6 +113,7 @@ def rank_rows(
     Every rank gets the same number of micro-batches, because each forward and backward may be a
     collective; a rank short of rows ends with micro-batches that have no target and sum to 0.
     """
+    rows = list(rows)
     packed = [pack(share, batch_size, micro_batch_tokens) for share in share_out(rows, world_size)]
     without_targets = [Example(rows[0].input_ids[:2], 2, 2, rows[0].location)]
     return packed[rank] + [without_targets] * (max(map(len, packed)) - len(packed[rank]))
@@ -139,7 +153,7 @@ def pack(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> l
 def collate(rows: Sequence[Example]) -> MicroBatch:
     lengths = [len(row) for row in rows]
     offsets = [0, *itertools.accumulate(lengths)]
-    input_ids = torch.cat([row.input_ids for row in rows])
+    input_ids = torch.cat([row.input_ids for row in rows]).long()
     targets = torch.cat(
         [torch.arange(start + row.prompt_length, start + len(row)) for start, row in zip(offsets, rows, strict=False)]
     )

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from data.batches import Batch, MicroBatch, rank_batches, rank_rows, step_batch, steps_per_epoch
-from data.encode import Example, encode_split
+from data.batches import Batch, Collated, MicroBatch, rank_rows, step_batch, steps_per_epoch
+from data.encoded import Encoded, encode_split
 from data.split import Split, load_split
 
 
@@ -14,8 +14,8 @@ class Data:
 
     split: Split
     tokenizer: object
-    train: list[Example]
-    val: list[Example]
+    train: Encoded
+    val: Encoded
     rank: int
     world_size: int
 
@@ -31,7 +31,7 @@ class Data:
         return step_batch(step, self.train, rows_per_step=self.rows_per_step(config), seed=config.seed, **packing)
 
     def eval_batches(self, config) -> Sequence[MicroBatch]:
-        return rank_batches(self.val, **self.packing(config, config.per_device_eval_batch_size))
+        return Collated(rank_rows(self.val, **self.packing(config, config.per_device_eval_batch_size)))
 
     def eval_labels(self, config) -> list[list[tuple[tuple[str, ...], int]]]:
         """Of each row of each of `eval_batches`: its set and group, and its number of targets. Empty if no row of any

@@ -1,14 +1,13 @@
 """Row -> Examples: token ids, and which of them are think and answer targets."""
 
 import hashlib
-from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from data.errors import UserError
 from data.rows import Row
-from data.split import Split
 
 
 class Example(NamedTuple):
@@ -18,7 +17,7 @@ class Example(NamedTuple):
     `</think>`), the answer from there through `<|im_end|>`. Without thinking the two are equal.
     """
 
-    input_ids: torch.Tensor  # (T,) int64
+    input_ids: torch.Tensor  # (T,) int32 or int64
     prompt_length: int
     answer_start: int
     location: str  # file and line of its row
@@ -35,12 +34,12 @@ class Example(NamedTuple):
         return len(self) - self.answer_start
 
 
-def digest(examples: list[Example]) -> str:
+def digest(examples: Iterable[Example]) -> str:
     """A hash of the tokens, of what is a target, and of their order: what training sees of the data."""
     sha256 = hashlib.sha256()
     for example in examples:
         sha256.update(f"{len(example)},{example.prompt_length},{example.answer_start};".encode())
-        sha256.update(example.input_ids.numpy())
+        sha256.update(example.input_ids.long().numpy())
     return sha256.hexdigest()[:16]
 
 
@@ -76,19 +75,6 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
             "Raise --max-length or choose --overlong truncate or drop"
         )
     return examples, problems
-
-
-def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[list[Example], list[Example]]:
-    """The Examples of train and val; completes split.report with token counts. Raises UserError if one is empty."""
-    sides = []
-    for name, rows in (("train", split.train), ("val", split.val)):
-        examples, problems = encode_rows(rows, tokenizer, max_length, overlong)
-        split.report[name] = token_report(examples, problems)
-        split.report["problems"] += problems
-        if not examples:
-            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
-        sides.append(examples)
-    return sides[0], sides[1]
 
 
 def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:
@@ -133,19 +119,3 @@ def shorten_thinking(
         shorter = [*messages[:-1], {**messages[-1], "reasoning_content": text}]
         example = encode_turns([(location, shorter)], tokenizer)[0]
     return example
-
-
-def token_report(examples: list[Example], problems: list[dict]) -> dict:
-    """Counts and length percentiles of one side, in tokens."""
-    lengths = sorted(len(example) for example in examples)
-    actions = Counter(problem["action"] for problem in problems)
-    return {
-        "examples": len(examples),
-        "tokens": sum(lengths),
-        "think_tokens": sum(example.num_think_targets for example in examples),
-        "answer_tokens": sum(example.num_answer_targets for example in examples),
-        "median_length": lengths[len(lengths) // 2] if lengths else 0,
-        "max_length": lengths[-1] if lengths else 0,
-        "truncated": actions["thinking shortened"],
-        "dropped": actions["dropped"],
-    }

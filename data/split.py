@@ -23,10 +23,10 @@ class Split:
     labels: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # location -> set and group, of val
 
     def texts(self) -> Iterator[str]:
-        """Of every training row, from which a tokenizer can be made."""
+        """Of every training row, with the names of roles, from which a tokenizer can be made."""
         for row in self.train:
             for message in row.messages:
-                yield message["content"] + message.get("reasoning_content", "")
+                yield f"{message['role']}\n{message['content']}{message.get('reasoning_content', '')}"
 
 
 def load_split(config) -> Split:

@@ -36,7 +36,7 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
-    plans = plan_all(config, outline, [len(example) for example in data.train], device, shards)
+    plans = plan_all(config, outline, data.train.lengths.tolist(), device, shards)
     plan = choose(plans, config.memory, device, available, config.dry_run)
     # Based on the total, not the remaining steps, so that a resumed run compiles the same way.
     compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and max_steps >= 1000)

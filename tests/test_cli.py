@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -237,9 +238,11 @@ def test_dry_run_shows_everything_and_writes_nothing(train_py, tmp_path):
     done = train_py("tiny", "--dry-run", "--output-dir", out, FORCE_COLOR="1", NO_COLOR=None)
     shown = yaml.safe_load(done.stdout.split("\ndata  ")[0])
     acts = {"memory": "speed", "gradient_checkpointing": "off", "micro_batch_tokens": 16384, "compile": "off"}
-    acts |= {"max_steps": 648, "swanlab_mode": "disabled", "dry_run": True, "output_dir": str(out)}
-    assert shown == dataclasses.asdict(PRESETS["tiny"]) | acts  # no "auto" is left
-    assert "648 optimizer steps of 4 rows" in done.stdout and "120 rows read" in done.stdout
+    acts |= {"max_steps": 2160, "swanlab_mode": "disabled", "dry_run": True, "output_dir": str(out)}
+    acts |= {"dataset": ["sample"], "per_device_train_batch_size": 2, "per_device_eval_batch_size": 16}
+    preset = json.loads(json.dumps(dataclasses.asdict(PRESETS["tiny"])))
+    assert shown == preset | acts  # no "auto" is left
+    assert "2,160 optimizer steps of 8 rows" in done.stdout and "800 rows read" in done.stdout
     assert "--- think: " in done.stdout and "<|im_end|>" in done.stdout
     assert "\033[33m<think>" in done.stdout and "\033[32m\n\n" in done.stdout
     assert not out.exists()

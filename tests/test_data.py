@@ -93,7 +93,7 @@ def test_targets_of_real_rows():
         assert example.input_ids[-1] == 151645 and example.input_ids[example.answer_start - 1] == 151668
 
 
-@pytest.mark.parametrize("limit", [150, 170, 200])
+@pytest.mark.parametrize("limit", [85, 95, 105])
 def test_truncation_keeps_the_answer_and_the_end(split, any_tokenizer, limit):
     whole, _ = encode_rows(split.train, any_tokenizer, 10_000, "error")
     examples, problems = encode_rows(split.train, any_tokenizer, limit, "truncate")
@@ -113,11 +113,11 @@ def test_truncation_keeps_the_answer_and_the_end(split, any_tokenizer, limit):
 
 
 def test_overlong_drop_and_error(split, tokenizer):
-    examples, problems = encode_rows(split.train, tokenizer, 240, "drop")
+    examples, problems = encode_rows(split.train, tokenizer, 90, "drop")
     assert len(examples) + len(problems) == len(split.train)
-    assert all(len(example) <= 240 for example in examples)
+    assert all(len(example) <= 90 for example in examples)
     with pytest.raises(UserError, match=r"rows are too long.*sample.jsonl:\d+ has \d+ tokens.*--max-length"):
-        encode_rows(split.train, tokenizer, 240, "error")
+        encode_rows(split.train, tokenizer, 90, "error")
 
 
 def test_split_is_the_original_one(jsonl):

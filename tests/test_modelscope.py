@@ -90,7 +90,7 @@ def test_model_and_dataset_come_from_modelscope(hub, tmp_path):
     shutil.copy(SAMPLE, dataset / "r1_data.jsonl")
     (dataset / "README.md").write_text("数据集")
 
-    names = ["--dataset", "krisfu/delicate_medical_r1_data", "--model", "Qwen/Qwen3-1.7B"]
+    names = ["--dataset", "krisfu/delicate_medical_r1_data:120", "--model", "Qwen/Qwen3-1.7B"]
     dry = run(["tiny", *names, "--dry-run"], log=tmp_path / "log", **environment)
     assert dry.codes == [0] and "120 rows read from r1_data.jsonl" in dry.output
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # a dry run fetches no weights

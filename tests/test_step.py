@@ -92,7 +92,7 @@ def test_a_rank_without_rows_adds_nothing(make_model, short):
 def test_clipping_sees_the_whole_gradient(make_model, short):
     free, metrics = gradients_of(make_model(), short[:4], 1)
     norm = torch.stack([gradient.double().norm() for gradient in free]).norm().item()
-    assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert metrics.grad_norm == pytest.approx(norm, rel=2e-5)
     clipped, _ = gradients_of(make_model(), short[:4], 1, max_grad_norm=norm / 4)
     for gradient, reference in zip(clipped, free, strict=True):
         torch.testing.assert_close(gradient, reference / 4, rtol=1e-4, atol=1e-9)
