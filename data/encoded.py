@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from tqdm import tqdm
 
 from data.encode import Example, encode_rows
 from data.errors import UserError
-from data.rows import Row
+from data.rows import MANY, Row, show_progress
 from data.split import Split
 
-MANY = 20_000  # rows; fewer are encoded before processes have started
 CHUNK = 1_000  # rows that a process takes at a time
 VERSION = 1  # of what is kept in files
 
@@ -107,15 +105,13 @@ def encode_in_parallel(rows: list[Row], tokenizer, max_length: int, overlong: st
     starts = range(0, len(rows), CHUNK)
     chunks = ([Row(row.location, {}, row.messages) for row in rows[start : start + CHUNK]] for start in starts)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shown = None if os.environ.get("RANK", "0") == "0" else True
-    with (
-        ProcessPoolExecutor(cores, get_context("spawn"), initializer=quiet_worker) as pool,
-        tqdm(total=len(rows), desc="tokenizing", unit="row", disable=shown) as bar,
-    ):
-        options = (tokenizer, max_length, overlong)
-        for number, chunk in enumerate(pool.map(encode_chunk, chunks, starts, *map(repeat, options))):
-            bar.update(len(rows[starts[number] : starts[number] + CHUNK]))
+    options = map(repeat, (tokenizer, max_length, overlong))
+    with ProcessPoolExecutor(cores, get_context("spawn"), initializer=quiet_worker) as pool:
+        bar = show_progress(rows, "tokenizing")
+        for chunk in pool.map(encode_chunk, chunks, starts, *options):
+            bar.update(min(CHUNK, len(rows) - bar.n))
             yield chunk
+        bar.close()
 
 
 def quiet_worker() -> None:

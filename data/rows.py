@@ -1,10 +1,13 @@
 """Rows of one --dataset: read, made a dialogue each, and a report of what each column became."""
 
 import dataclasses
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from data.errors import UserError
 from data.formats import COLUMNS, NAMES, Ambiguous, Given, candidates, normal, read_row
@@ -13,6 +16,7 @@ from data.read import read_file
 from data.source import Source, find_source
 
 MAX_UNUSABLE = 0.1
+MANY = 20_000  # rows from which on it takes a while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +41,11 @@ def read_given(columns: Iterable[str]) -> Given:
 
 def check_columns(given: Given, sets: list[dict]) -> None:
     """Raises UserError if a column of --columns was in no row."""
+    found = dict.fromkeys(name for about in sets for name in about["found"])
     for role, column in given:
-        if not any(column in about["columns"] or column in about["not_used"] for about in sets):
-            found = ", ".join(dict.fromkeys(f"`{name}`" for about in sets for name in about["found"]))
-            raise UserError(f"--columns {role}={column}: no row has this column; there are {found}")
+        if normal(column) not in map(normal, found):
+            listed = ", ".join(f"`{name}`" for name in found)
+            raise UserError(f"--columns {role}={column}: no row has this column; there are {listed}")
 
 
 def read_set(text: str, config, given: Given, labels: Counter, problems: list[dict]) -> tuple[list[Row | None], dict]:
@@ -58,7 +63,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     if source.amount:
         read = read[: amount_of(source, len(read), notes)]
     used, unused, found, reasons, rows = Counter(), Counter(), {}, {}, []
-    for location, columns in read:
+    for location, columns in show_progress(read, "reading"):
         if isinstance(columns, dict):
             found |= dict.fromkeys(columns)
         try:
@@ -93,6 +98,12 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     for (column, role), count in sorted(used.items(), key=lambda item: order.index(item[0][1])):
         about["columns"].setdefault(column, {})[role] = count
     return rows, about
+
+
+def show_progress(items: list, what: str) -> tqdm:
+    """The items, with a bar on the main process's terminal if there are many."""
+    quiet = len(items) < MANY or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=what, unit="row", disable=True if quiet else None)
 
 
 def file_names(paths: list[Path]) -> list[str]:
