@@ -82,6 +82,8 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     unusable = sum(map(len, reasons.values()))
     if unusable > MAX_UNUSABLE * len(read):
         raise UserError(f"{source.name}: {nothing_fits(reasons, unusable, read, given)}")
+    if config.group_by in unused:
+        used[config.group_by, "group"] = unused.pop(config.group_by)
     about = {
         "name": source.name,
         "label": label,
@@ -94,7 +96,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         "notes": notes,
         "found": list(found),
     }
-    order = list(COLUMNS)
+    order = [*COLUMNS, "group"]
     for (column, role), count in sorted(used.items(), key=lambda item: order.index(item[0][1])):
         about["columns"].setdefault(column, {})[role] = count
     return rows, about

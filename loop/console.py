@@ -7,11 +7,15 @@ from typing import NoReturn
 
 
 def prepare_terminal() -> None:
-    """Shows \\u4e2d where the terminal has no Chinese, instead of an error; and keeps libraries quiet about what they
-    could load and do without."""
+    """Shows \\u4e2d where the terminal has no Chinese, instead of an error."""
+    hush_libraries()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def hush_libraries() -> None:
+    """Keeps them quiet, from their import on, about what they could load and do without."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

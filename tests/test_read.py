@@ -2,11 +2,14 @@
 
 import csv
 import gzip
+import io
 import json
 import shutil
 
 import pytest
 from conftest import good_row, load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.errors import UserError
 from data.read import read_file
@@ -241,3 +244,72 @@ def test_sets_of_several_files_on_modelscope(hub, expected, tmp_path):
         with pytest.raises(UserError, match=wanted):
             load(name)
     shutil.rmtree(tmp_path / "hub")
+
+
+# --- any file: its rows are all there, or one message says why not ----------------------------------------
+
+NAME = st.sampled_from(["question", "think", "answer", "Response", "history", "x", "备注", "", " "]) | st.text(
+    max_size=3
+)
+CELL = st.text("医 a,;\t\"'\n\r{}[]\\<think>", max_size=8)
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+ANY_JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAME, inner, max_size=3))
+COLUMN = st.lists(st.text(max_size=5), min_size=4, max_size=4) | st.lists(st.integers(0, 9), min_size=4, max_size=4)
+
+
+def csv_of(rows: list[list[str]]) -> bytes:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue().encode()
+
+
+def parquet_of(columns: dict) -> bytes:
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+BINARY = st.binary(max_size=60)
+ANY_FILE = st.one_of(
+    st.tuples(st.just("a.csv"), st.lists(st.lists(CELL, max_size=4), max_size=5).map(csv_of)),
+    st.tuples(st.just("b.csv"), st.text('医,;\t"\n\ra', max_size=40).map(str.encode)),
+    st.tuples(st.just("c.json"), ANY_JSON.map(lambda value: json.dumps(value).encode())),
+    st.tuples(st.just("d.jsonl"), st.lists(ANY_JSON, max_size=4).map(lambda v: "\n".join(map(json.dumps, v)).encode())),
+    st.tuples(st.just("e.parquet"), st.dictionaries(NAME, COLUMN, min_size=1, max_size=4).map(parquet_of)),
+    st.tuples(st.sampled_from(["f.jsonl", "f.csv", "f.json.gz", "f.parquet", "f.arrow", "f.xlsx"]), BINARY),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_file_is_read_or_refused(count, tmp_path):
+    """Of a CSV each cell, of a parquet file each value; what is refused names the file."""
+    outcomes = {"read": 0, "refused": 0}
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(ANY_FILE)
+    def check(case):
+        name, content = case
+        path = tmp_path / name
+        path.write_bytes(content)
+        try:
+            rows = list(read_file(path, name, "", []))
+        except UserError as error:
+            assert name in str(error)
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+            assert all(name in location for location, _ in rows)
+            if name == "a.csv":
+                _, *lines = [*csv.reader(io.StringIO(content.decode(), newline="")), []]
+                written = {field for line in lines for field in line if field.strip()}
+                assert written <= {value for _, row in rows for value in row.values()}
+        try:
+            load(path)
+        except UserError as error:
+            assert str(error)
+
+    check()
+    assert min(outcomes.values()) > count / 20, outcomes

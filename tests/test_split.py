@@ -39,7 +39,8 @@ def test_each_set_is_split_as_it_would_be_alone(files):
     assert [about["rows"] for about in mix.report["datasets"]] == [30, 20, 15]
     assert [about["label"] for about in mix.report["datasets"]] == ["own", "o1", "chats"]
     assert mix.report["datasets"][1]["columns"]["Complex_CoT"] == {"think": 20}
-    assert mix.report["datasets"][2]["not_used"] == {"department": 15}
+    assert mix.report["datasets"][2]["columns"]["department"] == {"group": 15}
+    assert load(files[2]).report["datasets"][0]["not_used"] == {"department": 30}
     assert mix.report["without_thinking"] == 15 and mix.report["replies"] == 65
     groups = mix.report["groups"]
     assert (groups["own"], groups["o1"], groups["chats"]) == (6, 4, 3)
@@ -153,7 +154,7 @@ def test_a_mix_trains_evaluates_by_set_and_group_and_resumes(files, tmp_path):
         assert outcome.codes == [-9 if fault else 0], outcome.output
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     assert "o1: 20 rows; `Question` → question (20 rows), `Complex_CoT` → thinking (20 rows)" in outcome.output
-    assert "chats: not used: `department` (30 rows)" in outcome.output
+    assert "`department` → group (30 rows)" in outcome.output
     assert "of 72 replies have no thinking" in outcome.output
     assert len((tmp_path / "run/data/test.jsonl").read_text().splitlines()) == 8
     assert newest(tmp_path / "run").name == "step-00000008" and status_of(tmp_path / "run")["status"] == "completed"

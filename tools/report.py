@@ -124,7 +124,6 @@ class Group(NamedTuple):
     first: float
     best: float
     last: float
-    curve: list[float]
 
 
 def groups_of(evaluations: list[dict], verdict: Verdict, data: dict) -> list[Group]:
@@ -135,7 +134,6 @@ def groups_of(evaluations: list[dict], verdict: Verdict, data: dict) -> list[Gro
             name,
             counts.get(name, 0),
             *(row.get(GROUP + name, math.nan) for row in (verdict.first, verdict.best, verdict.last)),
-            [row.get(GROUP + name, math.nan) for row in evaluations],
         )
         for name in names
     ]
@@ -165,7 +163,15 @@ def draw(
     from matplotlib import pyplot as plt
 
     folder.mkdir(exist_ok=True)
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+        }
+    )
 
     def line(axes, rows, name, label, **style):
         axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **style)
@@ -216,25 +222,29 @@ def draw(
     panels[2].set_ylim(bottom=0)
     figure.savefig(folder / "training.png", dpi=120)
     if groups:
-        draw_groups(folder / "groups.png", groups, [row["step"] for row in evaluations])
+        draw_groups(folder / "groups.png", groups)
     plt.close("all")
 
 
-def draw_groups(path: Path, groups: list[Group], steps: list[int]) -> None:
-    """The loss of each group less its loss before training. Without a Chinese font a name that needs one is shown as
-    its number in the table."""
+def draw_groups(path: Path, groups: list[Group]) -> None:
+    """What each group has learned at the best step, and what it lost from there to the last one. Without a Chinese
+    font a name that needs one is shown as its number in the table."""
     from matplotlib import font_manager
     from matplotlib import pyplot as plt
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     font = next((name for name in CHINESE_FONTS if name in installed), None)
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for number, group in enumerate(groups, start=1):
-        fall = [loss - group.curve[0] for loss in group.curve]
-        label = group.name if font or group.name.isascii() else f"{number}. (see the table)"
-        axes.plot(steps, fall, label=f"{label}, {group.rows} rows", marker="os^v<>DP"[number % 8], alpha=0.8)
-    axes.set(xlabel="step", ylabel="eval loss less that before training, nats")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, prop={"family": [font or "DejaVu Sans"]})
+    names = [group.name if font or group.name.isascii() else f"no. {n}" for n, group in enumerate(groups, start=1)]
+    labels = [f"{name} ({group.rows} rows)" for name, group in zip(names, groups, strict=True)]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 1.5 + 0.3 * len(groups)), sharey=True, layout="constrained")
+    learned, lost = [group.first - group.best for group in groups], [group.last - group.best for group in groups]
+    panels[0].barh(labels, learned, color="C0")
+    panels[1].barh(labels, lost, color=["C3" if rise > 0 else "C2" for rise in lost])
+    panels[0].set(xlabel="nats", title="learned: fall of the loss until the best step")
+    panels[1].set(xlabel="nats", title="lost: rise of the loss from there to the last step")
+    panels[0].invert_yaxis()
+    for tick in panels[0].get_yticklabels():
+        tick.set_fontfamily([font, "DejaVu Sans"] if font else ["DejaVu Sans"])
     figure.savefig(path, dpi=120)
 
 
