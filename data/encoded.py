@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,12 +68,22 @@ def encode_all(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tu
         spans[:, 0] = spans[:, 0].cumsum()
         return Encoded(ids, spans, rows), problems
     folder = cache_folder(rows, tokenizer, max_length, overlong)
-    if not folder.is_dir():
+    if not is_sound(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         write_cache(folder, rows, tokenizer, max_length, overlong)
     spans = numpy.load(folder / "spans.npy")
     # Copy on write: torch wants arrays that could be written to.
     ids = numpy.memmap(folder / "ids.bin", numpy.int32, mode="c") if len(spans) else numpy.zeros(0, numpy.int32)
     return Encoded(ids, spans, rows), json.loads((folder / "problems.json").read_text(encoding="utf-8"))
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether a folder of the cache holds as many tokens as it says."""
+    try:
+        spans = numpy.load(folder / "spans.npy")
+        return (folder / "ids.bin").stat().st_size == 4 * (spans[-1, 0] if len(spans) else 0)
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def cache_folder(rows: list[Row], tokenizer, max_length: int, overlong: str) -> Path:
@@ -84,9 +96,15 @@ def cache_folder(rows: list[Row], tokenizer, max_length: int, overlong: str) -> 
 
 
 def write_cache(folder: Path, rows: list[Row], tokenizer, max_length: int, overlong: str) -> None:
-    """The folder is whole or not there."""
+    """The folder is whole or not there. Raises UserError if it cannot be written."""
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{len(rows):,} rows are kept tokenised in {folder.parent}, which cannot be written ({error.strerror}); "
+            "XDG_CACHE_HOME names another place"
+        ) from error
     all_spans, all_problems = [], []
     with (temporary / "ids.bin").open("wb") as file:
         for ids, spans, problems in encode_in_parallel(rows, tokenizer, max_length, overlong):
@@ -97,7 +115,9 @@ def write_cache(folder: Path, rows: list[Row], tokenizer, max_length: int, overl
     spans[:, 0] = spans[:, 0].cumsum()
     numpy.save(temporary / "spans.npy", spans)
     (temporary / "problems.json").write_text(json.dumps(all_problems), encoding="utf-8")
-    temporary.rename(folder)
+    with suppress(OSError):  # another run was first
+        temporary.rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def encode_in_parallel(rows: list[Row], tokenizer, max_length: int, overlong: str) -> Iterable[tuple]:

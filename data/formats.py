@@ -3,10 +3,11 @@
 import functools
 import re
 import unicodedata
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from data.messages import add_thinking, assistant, clean, filled, read_messages, user
-from data.texts import as_text
+from data.texts import EMPTY, as_text, from_text
 
 # What a column can be -> its names, in lower case, the most specific first; those in one set mean the same.
 COLUMNS = {
@@ -52,7 +53,8 @@ def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialo
     """
     if not isinstance(columns, dict):
         raise ValueError(f"is not an object but {type(columns).__name__}" if not isinstance(columns, str) else columns)
-    row, unused, notes = Columns(columns, given), set(), []
+    row, unused = Columns(columns, given), set()
+    notes = row.notes
     dialogue = row.take("dialogue")
     if dialogue is not None:
         messages = read_messages(dialogue, row.column("dialogue"), unused)
@@ -64,9 +66,12 @@ def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialo
     if len(messages) > 2 and messages[-1]["role"] == "user":
         messages.pop()
         notes.append(("ends with a user turn", "turn cut"))
-    system = row.text("system") or system_prompt
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    own = row.text("system")
+    if messages and messages[0]["role"] != "system":
+        if own or system_prompt:
+            messages.insert(0, {"role": "system", "content": own or system_prompt})
+    elif own and own.strip() != str(messages[0]["content"]).strip():  # the dialogue has a system message of its own
+        del row.used[row.column("system")]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
@@ -90,6 +95,10 @@ class Columns:
     def __init__(self, columns: dict, given: Given):
         self.all = columns
         self.filled = filled(columns)
+        self.notes: list[tuple[str, str]] = []
+        for name in [name for name, value in self.filled.items() if is_empty_cell(name, value)]:
+            cell = f"`{name}` is {self.filled.pop(name)!r}, as pandas writes an empty cell"
+            self.notes.append((cell, "taken as empty"))
         self.candidates = candidates(tuple(self.filled), given)
         self.used: dict[str, str] = {}
 
@@ -116,7 +125,8 @@ class Columns:
     def missing(self, role: str) -> ValueError:
         known = set().union(*COLUMNS[role])
         empty = next((name for name in self.all if normal(name) in known), None)
-        return ValueError(f"`{empty}` is empty" if empty else f"has no {role}")
+        cell = next((what for what, _ in self.notes if what.startswith(f"`{empty}` is ")), f"`{empty}` is empty")
+        return ValueError(cell if empty else f"has no {role}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -147,7 +157,8 @@ def read_question(row: Columns, system_prompt: str, unused: set[str]) -> list[di
     if is_dialogue(question):
         return read_messages(question, name, unused)
     messages = []
-    more = next((other for other in row.filled if normal(other) == "input"), None)
+    free = [name for names in row.candidates["question"] for name in names]
+    more = next((other for other in free if normal(other) == "input"), None)
     if normal(name) == "instruction" and more is not None:  # as in Alpaca
         row.used[more] = "question"
         instruction, question = as_text(question, name), as_text(row.filled[more], more)
@@ -171,14 +182,39 @@ def read_answer(row: Columns, unused: set[str]) -> list[dict]:
 
 
 def is_dialogue(value) -> bool:
-    """Messages where a text could stand, as in TRL's prompt and completion."""
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith('[{"role"'))
+    """Messages, or their text, where a text could stand, as in TRL's prompt and completion."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = from_text(value.strip(), "")
+        except ValueError:
+            return False
+        return bool(value) and all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
+    return isinstance(value, list)
+
+
+def is_empty_cell(name: str, value) -> bool:
+    """Whether a column that is no thinking holds what pandas writes for an empty cell."""
+    return (
+        isinstance(value, str)
+        and value.strip().lower() in EMPTY
+        and normal(name) in NAMES
+        and not any(normal(name) in rank for rank in COLUMNS["think"])
+    )
 
 
 def as_options(value) -> str:
-    """A. ..., B. ... of a question with choices."""
-    if isinstance(value, dict):
-        return "\n".join(f"{letter}. {text}" for letter, text in filled(value).items())
+    """A. ..., B. ... of a question with choices: an object, a list, two lists of letters and texts, or text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        value = from_text(value.strip(), "options")
+    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+        value = dict(zip(value["label"], value["text"], strict=True))
+    if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) == 2 for item in value):
+        value = dict(item.values() for item in value)
     if isinstance(value, list):
-        return "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", value, strict=False))
+        texts = [as_text(text, "options").strip() for text in value]
+        has_letters = all(text[:1] == letter for letter, text in zip(ascii_uppercase, texts, strict=False))
+        value = dict(enumerate(texts)) if has_letters else dict(zip(ascii_uppercase, texts, strict=len(texts) > 26))
+        return "\n".join(text if has_letters else f"{letter}. {text}" for letter, text in value.items())
+    if isinstance(value, dict):
+        return "\n".join(f"{letter}. {as_text(text, 'options')}" for letter, text in filled(value).items())
     return as_text(value, "options")

@@ -3,65 +3,89 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from data.errors import UserError
-from data.formats import Columns, is_dialogue
+from data.formats import Columns, Given, is_dialogue, read_question
+from data.messages import read_messages
 from data.read import read_file
 from data.source import find_source
 
-BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:/-](?=\d)")
+# Characters of full width, and the blank that is as wide, as the narrow ones that they stand for.
+NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+# Signs that make another number or another name of it: 1.5 and 15, 3-5 and 35, -3 and 3, C# and C.
+IN_NUMBERS = re.compile(r"(?<=\d)\s*([.,:、])\s*(?=\d)|(?<=[0-9A-Za-z])\s*([-+*/^#&])|([-+*/^#&])(?=\s*[0-9A-Za-z])")
 SEED = 12  # characters by which a longer text is searched for an exam's questions
 
 
 def question_key(text: str) -> str:
-    """A question without what a copy changes: width, case, whitespace, punctuation, characters without width.
-
-    Signs that make another question of it stay: 1.5 and 15, > and <, 5 % and 5.
-    """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    kept = {match.start() for match in BETWEEN_DIGITS.finditer(text)}
+    """A question without what a copy changes: width, case, whitespace, punctuation, characters without width. Signs
+    that make another question of it stay."""
+    text = text.translate(NARROW).casefold()
+    kept = {match.start(group) for match in IN_NUMBERS.finditer(text) for group in (1, 2, 3)}
     return "".join(
         character
         for index, character in enumerate(text)
-        if character.isalnum() or index in kept or character in "%‰" or unicodedata.category(character)[0] == "S"
+        if character.isalnum() or index in kept or character in "%‰" or unicodedata.category(character)[0] in "SM"
     )
 
 
 class Exam:
-    """The questions of --exclude, found as a whole question or inside a longer one."""
+    """The questions of --exclude: a whole question, a line of one, or a part of one that is long enough to tell."""
 
-    def __init__(self, files: Iterable[str]):
-        self.short: set[str] = set()
+    def __init__(self, files: Iterable[str], given: Given = ()):
+        self.whole: set[str] = set()
         self.long: dict[str, list[str]] = defaultdict(list)
         for name in files:
-            questions = {question_key(text) for text in read_questions(name)} - {""}
-            for question in questions:
-                if len(question) < SEED:
-                    self.short.add(question)
-                else:
+            for question in {question_key(text) for text in read_questions(name, given)} - {""} - self.whole:
+                self.whole.add(question)
+                if len(question) >= SEED:
                     self.long[question[:SEED]].append(question)
 
-    def holds(self, question: str) -> bool:
-        """question: a `question_key`."""
-        if not self.long:
-            return question in self.short
-        return question in self.short or any(
-            question.startswith(found, start)
-            for start in range(len(question) - SEED + 1)
-            for found in self.long.get(question[start : start + SEED], ())
+    def holds(self, turns: list[str]) -> bool:
+        """turns: what the user says. A line may be the question, with a context or choices in others."""
+        return bool(self.whole) and any(
+            question_key(text) in self.whole or self.is_inside(question_key(text))
+            for turn in turns
+            for text in (turn, *turn.splitlines())
+        )
+
+    def is_inside(self, text: str) -> bool:
+        return any(
+            text.startswith(found, start) and not cuts_a_number(text, start, start + len(found))
+            for start in range(len(text) - SEED + 1)
+            for found in self.long.get(text[start : start + SEED], ())
         )
 
 
-def read_questions(name: str) -> list[str]:
-    """Raises UserError if a row has none, because the exam would then be trained on unnoticed."""
-    source, questions = find_source(name), []
+def cuts_a_number(text: str, begin: int, end: int) -> bool:
+    """Whether text[begin:end] begins or ends inside a run of digits."""
+    return any(0 < at < len(text) and text[at - 1].isdigit() and text[at].isdigit() for at in (begin, end))
+
+
+def read_questions(name: str, given: Given) -> Iterator[str]:
+    """What the user would say in each row of an exam, with its choices and without. Raises UserError if a row has no
+    question, because the exam would then be trained on unnoticed."""
+    source = find_source(name)
     for path in source.files:
         for location, columns in read_file(path, path.name, source.part, []):
-            question = Columns(columns, ()).take("question") if isinstance(columns, dict) else None
-            if isinstance(question, str) and is_dialogue(question):
-                question = None
-            if not isinstance(question, str):
-                raise UserError(f"--exclude {name}: {location} has no question")
-            questions.append(question)
-    return questions
+            try:
+                if not isinstance(columns, dict):
+                    raise ValueError(columns if isinstance(columns, str) else "is not an object")
+                yield from questions_of(Columns(columns, given))
+            except ValueError as reason:
+                raise UserError(f"--exclude {name}: {location} {reason}; --columns question=COLUMN names it") from None
+
+
+def questions_of(row: Columns) -> Iterator[str]:
+    dialogue = row.take("dialogue")
+    if dialogue is not None:
+        messages = read_messages(dialogue, "dialogue", set())
+    else:
+        messages = read_question(row, "", set())
+        value = row.filled[[name for name, became in row.used.items() if became == "question"][-1]]
+        if isinstance(value, str) and not is_dialogue(value):
+            yield value
+    for message in messages:
+        if message["role"] == "user" and isinstance(message["content"], str):
+            yield message["content"]

@@ -16,7 +16,7 @@ from data.texts import (
 
 ROLES = {
     **dict.fromkeys(("user", "human", "patient", "用户", "患者", "病人"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "doctor", "助手", "医生"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor", "助手", "医生"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOLS = {"tool", "tools", "function", "function_call", "function_response", "observation", "tool_call", "tool_response"}
@@ -46,7 +46,10 @@ def read_messages(value, column: str, unused: set[str]) -> list[dict]:
         if isinstance(item, (list, tuple)) and len(item) == 2:
             messages += [user(item[0], column), assistant(item[1], column)]
         elif isinstance(item, dict) and item.keys() & {"role", "from"}:
-            messages.append(read_message(item, column, unused))
+            messages += read_message(item, column, unused)
+        elif isinstance(item, dict) and sorted(ROLES.get(key, "") for key in item) == ["assistant", "user"]:
+            by_role = {ROLES[key]: (key, content) for key, content in item.items()}
+            messages += [user(*by_role["user"][::-1]), assistant(*by_role["assistant"][::-1])]
         elif isinstance(item, dict) and "question" in item:
             reply = "answer" if "answer" in item else "solution"
             messages += [user(item["question"], "question"), assistant(item.get(reply), reply)]
@@ -66,26 +69,31 @@ def filled(item: dict) -> dict:
     return {key: value for key, value in item.items() if not is_blank(value)}
 
 
-def read_message(given: dict, column: str, unused: set[str]) -> dict:
+def read_message(given: dict, column: str, unused: set[str]) -> list[dict]:
+    """One message; none if it is a system message without text, as many files have it."""
     held = filled(given)
-    role_key = "role" if "role" in given else "from"
-    content_key = next((key for key in ("content", "value", "text") if key in given), "content")
-    said = given[role_key]
+    role_key = "role" if "role" in held else "from"
+    content_key = next((key for key in ("content", "value", "text") if key in held), "content")
+    said = given.get(role_key)
     if (isinstance(said, str) and said in TOOLS) or held.keys() & {"tool_calls", "function_call", "tool_call_id"}:
         raise ValueError("has a tool call or a tool's answer, which cannot be trained here")
     role = ROLES.get(said.strip().lower()) if isinstance(said, str) else None
     if role is None:
         raise ValueError(f"has a message of role {said!r}; known are {', '.join(ROLES)}")
-    content, think, left = join_parts(given.get(content_key))
+    content, inner, left = join_parts(given.get(content_key))
+    if role == "system" and content_key not in held:
+        return []
     message = {"role": role, "content": content, "name": f"{said} {content_key}"}
     read = {role_key, content_key}
     if role == "assistant":
         thoughts = {key: as_thinking(held[key], key) for key in THINKING_KEYS if key in held}
         left |= keys_of_details(held.get("reasoning_details"))
-        think = next(filter(None, thoughts.values()), think)
+        think = next(filter(None, thoughts.values()), inner)
         if think:
             message["reasoning_content"] = think
         read |= {key for key, text in thoughts.items() if text.strip() == think.strip()}
+    if inner and inner.strip() != message.get("reasoning_content", "").strip():
+        left.add("content[].thinking")
     for key in LOSS_KEYS:
         if given.get(key) is None or (role != "assistant" and not given[key]):
             read.add(key)
@@ -96,7 +104,7 @@ def read_message(given: dict, column: str, unused: set[str]) -> dict:
             if not given[key]:
                 message["loss"] = False
     unused |= {f"{column}[].{key}" for key in left | (held.keys() - read)}
-    return message
+    return [message]
 
 
 def add_thinking(message: dict, think: str, column: str) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import UserError, cannot_import, one_line
-from data.formats import NAMES, normal
+from data.formats import COLUMNS, normal
+from data.texts import Repeated, without_repeats
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 TEXT_TYPES = (".jsonl", ".json", ".csv", ".tsv")
@@ -36,7 +37,8 @@ def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tu
     readers = {".parquet": read_parquet, ".arrow": read_arrow, ".xlsx": read_excel}
     try:
         if kind in readers:
-            for number, row in enumerate(readers[kind](path, notes), start=1):
+            # A sheet's first row is its header.
+            for number, row in enumerate(readers[kind](path, notes), start=2 if kind == ".xlsx" else 1):
                 yield f"{name} row {number}", row
             return
         opened = gzip.open if path.suffix.lower() == ".gz" else open
@@ -46,11 +48,12 @@ def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tu
                 notes.append(f"{name} is read as {encoding.upper()}")
             file.seek(0)
             if kind in (".csv", ".tsv"):
+                check_lines(file, encoding, name)
                 yield from read_csv(io.TextIOWrapper(file, encoding=encoding, newline=""), name)
-            elif is_json_lines(file, encoding):
+            elif not part and is_json_lines(file, encoding):
                 yield from read_json_lines(file, name, encoding)
             else:
-                text = file.read().decode(encoding)
+                text = decode(file.read(), encoding, name)
                 for number, row in enumerate(json_rows(text, name, part, notes), start=1):
                     yield f"{name} row {number}", "is not an object but text" if isinstance(row, str) else row
     except (UserError, MemoryError):
@@ -70,6 +73,30 @@ def find_encoding(file) -> str:
     sniffed = itertools.islice((line for line in file if not line.isascii()), NUM_SNIFFED)
     votes = [decodes(line, "utf-8") or not decodes(line, "gb18030") for line in sniffed]
     return "utf-8-sig" if sum(votes) * 2 >= len(votes) else "gb18030"
+
+
+def check_lines(file, encoding: str, name: str) -> None:
+    """Raises UserError at a line of another encoding: in a CSV its text would be taken for what it is not."""
+    if not encoding.startswith("utf-16"):
+        for number, line in enumerate(file, start=1):
+            if problem := other_encoding(line, encoding):
+                raise UserError(f"{name}:{number} {problem}; save the whole file as UTF-8")
+    file.seek(0)
+
+
+def other_encoding(line: bytes, encoding: str) -> str | None:
+    if encoding == "gb18030" and sum(byte > 127 for byte in line) >= UTF8_IN_GB18030 and decodes(line, "utf-8"):
+        return "is UTF-8 in a file of GB18030"
+    return None if decodes(line, encoding) else f"is not valid {encoding.removesuffix('-sig').upper()}"
+
+
+def decode(content: bytes, encoding: str, name: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        kind = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{name}:{line} is not valid {kind}; save the whole file as UTF-8") from None
 
 
 def decodes(line: bytes, encoding: str) -> bool:
@@ -99,30 +126,15 @@ def read_json_lines(file, name: str, encoding: str) -> Iterator[tuple[str, dict 
 
 
 def parse_line(line: bytes, encoding: str) -> dict | str:
-    if encoding == "gb18030" and sum(byte > 127 for byte in line) >= UTF8_IN_GB18030 and decodes(line, "utf-8"):
-        return "is UTF-8 in a file of GB18030"
+    if problem := other_encoding(line, encoding):
+        return problem
     try:
         row = json.loads(line.decode(encoding), object_pairs_hook=without_repeats)
-    except UnicodeDecodeError:
-        return f"is not valid {encoding.removesuffix('-sig').upper()}"
     except Repeated as error:
         return str(error)
     except (ValueError, RecursionError):
         return "is not valid JSON"
     return "is not an object but text" if isinstance(row, str) else row
-
-
-class Repeated(ValueError):
-    """A key stands twice in an object."""
-
-
-def without_repeats(pairs: list[tuple]) -> dict:
-    """An object's keys and values; a second value of a key would replace the first without a word."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise Repeated(f"has the key `{twice}` twice")
-    return content
 
 
 def json_rows(text: str, name: str, part: str, notes: list[str]) -> list:
@@ -142,6 +154,8 @@ def json_rows(text: str, name: str, part: str, notes: list[str]) -> list:
     if len(values) == 1 and isinstance(values[0], list):
         return values[0]
     lists = lists_of(values[0]) if len(values) == 1 and isinstance(values[0], dict) else {}
+    if part and not lists:
+        raise UserError(f"{name} holds no {part!r}: a part is a split of the file, an amount is :1000 or :10%")
     if not lists:
         return values
     chosen = part or ("train" if "train" in lists else next(iter(lists)) if len(lists) == 1 else "")
@@ -154,7 +168,8 @@ def json_rows(text: str, name: str, part: str, notes: list[str]) -> list:
 
 def lists_of(content: dict) -> dict[str, list]:
     """The lists of rows in {"data": [...]} or in a dictionary of splits; none in a row."""
-    if any(normal(key) in NAMES for key in content):
+    of_rows = set().union(*(rank for role in ("dialogue", "question", "answer") for rank in COLUMNS[role]))
+    if any(normal(key) in of_rows for key in content):
         return {}
     return {key: value for key, value in content.items() if isinstance(value, list) and value}
 
@@ -163,8 +178,11 @@ def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:
     """Strict: a row with more fields than the header, or a quote that is not closed, is an error with its line."""
     csv.field_size_limit(2**31 - 1)
     first = file.readline()
-    file.seek(0)
-    delimiter = max(",\t;", key=first.count)
+    if first.strip().startswith("sep="):  # Excel's own line
+        delimiter = first.strip().removeprefix("sep=")
+    else:
+        delimiter = max(",\t;", key=first.count)
+        file.seek(0)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     begin = 1
     try:
@@ -178,21 +196,21 @@ def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:
             fields = next(reader, None)
             if fields is None:
                 return
-            if any(fields[len(header) :]):
+            if not any(fields):
+                continue
+            if any(fields[len(header) :]) or len(fields) < len(header):
                 raise UserError(
                     f"{name}:{begin} has {len(fields)} fields, but the header has {len(header)}; a field that holds "
-                    f"{delimiter!r} stands in double quotes"
+                    f"{delimiter!r} or a line break stands in double quotes"
                 )
-            if any(fields):
-                yield f"{name}:{begin}", dict(zip(header, fields, strict=False))
+            row = dict(zip(header, fields, strict=False))
+            yield f"{name}:{begin}", "repeats the header" if all(key == row[key] for key in row) else row
     except csv.Error as error:
         reason = "a quote opens here and is never closed" if "unexpected end" in str(error) else str(error)
         raise UserError(
             f"{name}:{begin}: {reason}; a quote inside a quoted field is written twice, and one in a field without "
             "quotes does not stand at its beginning"
         ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}, after line {reader.line_num}: {one_line(error)}; save it as UTF-8") from None
 
 
 def read_parquet(path: Path, notes: list[str]) -> Iterator[dict]:

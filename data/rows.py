@@ -1,6 +1,7 @@
 """Rows of one --dataset: read, made a dialogue each, and a report of what each column became."""
 
 import dataclasses
+import itertools
 import os
 import random
 from collections import Counter
@@ -29,9 +30,14 @@ class Row:
     dataset: str = ""  # the label of its --dataset
 
     @property
-    def question(self) -> str:
-        """The user's side, by which two rows count as the same question."""
-        return question_key("\n".join(message["content"] for message in self.messages if message["role"] == "user"))
+    def asked(self) -> list[str]:
+        """What the user says, turn by turn."""
+        return [message["content"] for message in self.messages if message["role"] == "user"]
+
+    @property
+    def questions(self) -> list[str]:
+        """After each turn the user's side so far; two rows are the same question if the last ones are equal."""
+        return list(itertools.accumulate(map(question_key, self.asked), "{}\n{}".format))
 
 
 def read_given(columns: Iterable[str]) -> Given:
@@ -58,7 +64,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     names = [name if not labels[f"file {name}"] else f"{label}/{name}" for name in names]  # locations are of one row
     labels.update(f"file {name}" for name in names)
     for path, name in zip(source.files, names, strict=True):
-        read += read_file(path, name, source.part, notes)
+        read += ((place, as_columns(row)) for place, row in read_file(path, name, source.part, notes))
     random.Random(config.seed).shuffle(read)
     if source.amount:
         read = read[: amount_of(source, len(read), notes)]
@@ -102,6 +108,12 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     return rows, about
 
 
+def as_columns(row):
+    """A row that is a list of messages, as the column that it would be."""
+    is_dialogue = isinstance(row, list) and row and all(isinstance(item, dict) for item in row)
+    return {"messages": row} if is_dialogue else row
+
+
 def show_progress(items: list, what: str) -> tqdm:
     """The items, with a bar on the main process's terminal if there are many."""
     quiet = len(items) < MANY or os.environ.get("RANK", "0") != "0"
@@ -111,7 +123,10 @@ def show_progress(items: list, what: str) -> tqdm:
 def file_names(paths: list[Path]) -> list[str]:
     """As short as tells them apart."""
     names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        folder = os.path.commonpath(paths)
+        names = [path.relative_to(folder).as_posix() for path in paths]
+    return names
 
 
 def amount_of(source: Source, rows: int, notes: list[str]) -> int:

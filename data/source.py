@@ -21,16 +21,16 @@ class Source(NamedTuple):
 
     name: str  # as it was given, without the amount
     files: list[Path]
-    part: str  # a split or subset; empty if none was named
+    part: str  # the split to take of a file that holds several; empty if none was named
     amount: str  # rows to take: 500, 10%, or empty for all
     notes: list[str]  # what is not read
 
     @property
     def label(self) -> str:
         """Short, for a metric's name."""
-        plain = self.name.rstrip("/").removesuffix(f":{self.part}") if self.part else self.name.rstrip("/")
-        stem = Path(plain).name.split(".")[0] or plain
-        return f"{stem}-{self.part}" if self.part else stem
+        name, _, part = Path(self.name).name.partition(":")
+        stem = name.split(".")[0] or name
+        return f"{stem}-{part}" if part else stem
 
 
 def find_source(text: str) -> Source:
@@ -38,6 +38,10 @@ def find_source(text: str) -> Source:
     name, part, amount = parse(text)
     plain = name.removesuffix(f":{part}") if part else name
     path = Path(plain).expanduser()
+    if amount.endswith("%") and float(amount[:-1]) > 100:
+        raise UserError(f"{text}: at most 100 % of its rows can be taken")
+    if part and (plain == "sample" or (path.is_file() and file_type(path) not in (".json", ".jsonl"))):
+        raise UserError(f"{text}: {plain} holds no {part!r}; an amount of rows is :1000 or :10%")
     if plain == "sample":
         return Source(name, [SAMPLE], part, amount, [])
     if path.is_file():
@@ -46,7 +50,7 @@ def find_source(text: str) -> Source:
         return Source(name, [path], part, amount, [])
     if path.is_dir():
         files, notes = files_of_folder(path, part, name)
-        return Source(name, files, part, amount, notes)
+        return Source(name, files, "", amount, notes)
     owner_and_name, _, file = "/".join(plain.split("/")[:2]), None, "/".join(plain.split("/")[2:])
     is_missing_file = file_type(path) is not None and not file
     if is_missing_file or plain.startswith((".", "/", "~")) or not is_hub_id(owner_and_name):
@@ -55,11 +59,13 @@ def find_source(text: str) -> Source:
             "a ModelScope dataset id (owner/name), or `sample`"
         )
     files, notes = files_of_hub(owner_and_name, file, part)
-    return Source(name, files, part, amount, notes)
+    return Source(name, files, "", amount, notes)
 
 
 def parse(text: str) -> tuple[str, str, str]:
     """(name with its part, part, amount)"""
+    if len(text) > 1000:
+        raise UserError(f"{text[:60]}... is too long for the name of a dataset")
     if Path(text).expanduser().exists():
         return text, "", ""
     name, amount = text, ""
@@ -81,15 +87,14 @@ def public_name(text: str) -> str:
 def files_of_folder(folder: Path, part: str, name: str) -> tuple[list[Path], list[str]]:
     """(files, notes) of a folder of data files, or of one that datasets' save_to_disk wrote."""
     if (folder / "dataset_dict.json").is_file():  # of several splits
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = read_index(folder / "dataset_dict.json", "splits")
         chosen = choose_split(splits, part, name)
         notes = [
             f"split {split} is not read; --val-dataset {folder}:{split} takes it" for split in splits if split != chosen
         ]
         return files_of_folder(folder / chosen, "", name)[0], notes
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / file["filename"] for file in state["_data_files"]], []
+        return [folder / file["filename"] for file in read_index(folder / "state.json", "_data_files")], []
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and file_type(path) and not is_hidden(path, folder)
     )
@@ -99,6 +104,13 @@ def files_of_folder(folder: Path, part: str, name: str) -> tuple[list[Path], lis
     if not files:
         raise UserError(f"{name}: the folder holds no file that ends in {', '.join(FILE_TYPES)}")
     return training_files(files, folder, part)
+
+
+def read_index(path: Path, key: str) -> list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what save_to_disk writes: it has no {key!r}") from error
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
@@ -112,7 +124,8 @@ def split_of(path: Path, folder: Path) -> str:
 
 def of_part(files: list[Path], folder: Path, part: str, name: str) -> list[Path]:
     """The files of a split or subset, told by the names of file and folder."""
-    words = {path: re.split(r"[\W_]+", str(path.relative_to(folder).with_suffix("")).lower()) for path in files}
+    names = {path: str(path.relative_to(folder).with_suffix("")).lower() for path in files}
+    words = {path: {*re.split(r"[\W_]+", name), *re.split(r"[/\\]", name)} for path, name in names.items()}
     chosen = [path for path in files if part.lower() in words[path] or split_of(path, folder) == part.lower()]
     if not chosen:
         listed = ", ".join(str(path.relative_to(folder)) for path in files[:20])
@@ -121,16 +134,17 @@ def of_part(files: list[Path], folder: Path, part: str, name: str) -> list[Path]
 
 
 def training_files(files: list[Path], folder: Path, part: str) -> tuple[list[Path], list[str]]:
-    """The files of the training split if the names tell splits apart, else all."""
+    """The files of the training split, or those that are of none, if the names tell splits apart; else all."""
     splits = {path: split_of(path, folder) for path in files}
-    if part or "train" not in splits.values():
+    wanted = "train" if "train" in splits.values() else ""
+    if SPLIT.search(part.lower()) or wanted not in splits.values():
         return files, []
     notes = [
         f"{path.relative_to(folder)} is not read; --val-dataset {path} takes it"
         for path in files
-        if splits[path] != "train"
+        if splits[path] != wanted
     ]
-    return [path for path in files if splits[path] == "train"], notes
+    return [path for path in files if splits[path] == wanted], notes
 
 
 def choose_split(splits: list[str], part: str, name: str) -> str:

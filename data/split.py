@@ -54,13 +54,14 @@ def load_split(config) -> Split:
         sets.append(about)
     check_columns(given, sets)
 
-    exam = Exam(config.exclude)
+    exam = Exam(config.exclude, given)
     # A held-out side keeps a shared question: the evaluation stays what the split says it is.
-    test = left_out(without_repeats(parts["test"], problems), {}, exam, "test", problems)
-    taken = {row.question: ("test", row.location) for row in test}
-    val = left_out(without_repeats(parts["val"], problems), taken, exam, "val", problems)
-    taken |= {row.question: ("validation", row.location) for row in val}
-    train = left_out(without_repeats(parts["train"], problems), taken, exam, "train", problems)
+    held = HeldOut(exam)
+    test = held.without(without_repeats(parts["test"], problems), "test", problems)
+    held.add(test, "test")
+    val = held.without(without_repeats(parts["val"], problems), "val", problems)
+    held.add(val, "validation")
+    train = held.without(without_repeats(parts["train"], problems), "train", problems)
     split = Split(train, val, make_report(config, sets, train, val, test, problems), test)
     split.labels = find_labels(val, config.group_by)
     split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
@@ -89,7 +90,7 @@ def find_labels(val: list[Row], group_by: str) -> dict[str, tuple[str, ...]]:
 
 def group_value(value) -> str:
     """As part of a metric's name."""
-    text = " ".join(value if isinstance(value, list) else [] if value is None else [str(value)]).strip()
+    text = " ".join(str(part) for part in (value if isinstance(value, list) else [value]) if part is not None).strip()
     return text.replace("/", "|")[:40] or "-"
 
 
@@ -107,22 +108,39 @@ def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
     return kept
 
 
-def left_out(rows: list[Row], taken: dict, exam: Exam, side: str, problems: list[dict]) -> list[Row]:
-    """Rows whose question is neither held out already nor in an exam."""
-    kept = []
-    for row in rows:
-        question = row.question
-        if question in taken:
-            held_out, location = taken[question]
-            problem = f"its question is also a {held_out} question ({location})"
-        elif exam.holds(question):
-            held_out, problem = "exam", "its question is in a file of --exclude"
-        else:
-            kept.append(row)
-            continue
-        action = "excluded" if held_out == "exam" else f"removed from {side}"
-        problems.append({"location": row.location, "problem": problem, "action": action})
-    return kept
+class HeldOut:
+    """The questions of held-out rows and of an exam, which no other side may have.
+
+    Dialogues are the same question if one is the beginning of the other: its last answer would be trained, or its
+    question asked.
+    """
+
+    def __init__(self, exam: Exam):
+        self.exam = exam
+        self.whole: dict[str, str] = {}  # question -> whose it is
+        self.begun: dict[str, str] = {}
+
+    def add(self, rows: list[Row], side: str) -> None:
+        for row in rows:
+            *_, whole = questions = row.questions
+            self.whole[whole] = f"a {side} question ({row.location})"
+            self.begun |= dict.fromkeys(questions, self.whole[whole])
+
+    def without(self, rows: list[Row], side: str, problems: list[dict]) -> list[Row]:
+        kept = []
+        for row in rows:
+            *_, whole = questions = row.questions
+            shared = next((self.whole[question] for question in questions if question in self.whole), None)
+            shared = (shared or self.begun.get(whole)) if whole.strip() else None
+            if shared:
+                problem, action = f"its question is also {shared}", f"removed from {side}"
+            elif self.exam.holds(row.asked):
+                problem, action = "its question is in a file of --exclude", "excluded"
+            else:
+                kept.append(row)
+                continue
+            problems.append({"location": row.location, "problem": problem, "action": action})
+        return kept
 
 
 def make_report(

@@ -7,8 +7,10 @@ import re
 # Text that a chat template or a tokenizer would take for structure.
 MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
 TAG = re.compile(r"[<＜]\s*(?P<end>[/／]?)\s*(?:think|thinking|thought)\s*[>＞]", re.IGNORECASE)
+# As HuatuoGPT-o1 and OpenThoughts write it.
 HEADINGS = re.compile(
-    r"\s*#+\s*(?:Thinking|思考|思考过程)\s*\n(.*?)\n\s*#+\s*(?:Final Response|最终回答|最终回复)\s*\n(.*)",
+    r"\s*#+\s*(?:Thinking|思考|思考过程)\s*\n(.*?)\n\s*#+\s*(?:Final Response|最终回答|最终回复)\s*\n(.*)"
+    r"|\s*<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>\s*",
     re.DOTALL | re.IGNORECASE,
 )
 # What pandas and str() write for an empty cell, and what people write for no thinking.
@@ -32,13 +34,28 @@ def as_text(value, name: str) -> str:
 def from_text(text: str, column: str):
     """A list of messages as JSON, or as Python writes it, which is what str() leaves in a table."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except Repeated:
+        raise
     except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"`{column}` is not a list of messages") from None
+
+
+class Repeated(ValueError):
+    """A key stands twice in an object."""
+
+
+def without_repeats(pairs: list[tuple]) -> dict:
+    """An object's keys and values; a second value of a key would replace the first without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise Repeated(f"has the key `{twice}` twice")
+    return content
 
 
 def join_parts(content) -> tuple[object, str, set[str]]:
@@ -48,7 +65,7 @@ def join_parts(content) -> tuple[object, str, set[str]]:
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind not in texts or not isinstance(part.get(kind), str):
+        if not isinstance(kind, str) or kind not in texts or not isinstance(part.get(kind), str):
             raise ValueError(f"has a content part of type {kind!r}; text can be trained on")
         texts[kind].append(part[kind])
     left = {f"content[].{key}" for part in content for key in part if key != "type" and key != part.get("type", "text")}
@@ -68,8 +85,9 @@ def as_thinking(value, key: str) -> str:
 
 def keys_of_details(parts) -> set[str]:
     """What OpenRouter's parts hold besides the text: signatures, and thinking that is encrypted."""
-    keys = {key for part in parts if isinstance(part, dict) for key in part} if isinstance(parts, list) else set()
-    return {f"reasoning_details[].{key}" for key in keys - {"type", "text", "summary"}}
+    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    keys = {key for part in parts for key in part if key != "summary" or part.get("text")}
+    return {f"reasoning_details[].{key}" for key in keys - {"type", "text"}}
 
 
 def strip_tags(think: str) -> str:
@@ -96,5 +114,6 @@ def split_thinking(content: str) -> tuple[str, str]:
     if kinds:
         raise ValueError(f"has the chat marker {tags[-1].group()} inside its text")
     if headings := HEADINGS.fullmatch(content):
-        return headings.groups()
+        think, answer = (group for group in headings.groups() if group is not None)
+        return think, answer
     return "", content

@@ -194,7 +194,7 @@ def test_repeats_and_leaks(jsonl):
     assert (split.report["train_val_overlap"], split.report["duplicates"]) == (1, 1)
     assert len(split.train) == len(clean.train) - 2
     assert [row.columns for row in split.val] == [row.columns for row in clean.val]
-    assert not {row.question for row in split.train} & {row.question for row in split.val}
+    assert not {row.questions[-1] for row in split.train} & {row.questions[-1] for row in split.val}
 
 
 def test_every_file_type_reads_alike(jsonl, tmp_path):

@@ -114,6 +114,16 @@ FORMS = {
                   [{"role": "user", "content": "男，50 岁。\n\n诊断？"}, PLAIN]),
     "empty cells of a table of several formats": ({"question": "", "instruction": Q, "answer": None, "output": A,
                                                    "think": float("nan")}, [USER, PLAIN]),
+    "prompt and completion as the text of messages": (
+        {"prompt": str([USER]), "completion": json.dumps([{"content": INLINE, "role": "assistant"}], indent=1)},
+        [USER, THOUGHT]),
+    "pairs by role": ({"conversation": [{"human": Q, "assistant": INLINE}]}, [USER, THOUGHT]),
+    "a system message without text": ({"messages": [{"role": "system", "content": ""}, USER, PLAIN]}, [USER, PLAIN]),
+    "keys of two forms in one table": ({"messages": [
+        {"role": None, "from": "human", "content": None, "value": Q},
+        {"role": "assistant", "from": None, "content": A, "value": None}]}, [USER, PLAIN]),
+    "an answer that begins with a bracket": ({"question": Q, "answer": f"[1] {A}"},
+                                             [USER, {"role": "assistant", "content": f"[1] {A}"}]),
     "two columns that say the same": ({"question": Q, "reasoning": T, "reasoning_content": T, "answer": A},
                                       [USER, THOUGHT]),
 }  # fmt: skip
@@ -135,6 +145,10 @@ THINKING = {
     "an empty key beside a block": {"content": INLINE, "reasoning_content": "", "tool_calls": None},
     "a key beside an empty block": {"content": f"<think>\n\n</think>\n\n{A}", "reasoning_content": T},
     "a key and the same block": {"content": INLINE, "reasoning_content": T},
+    "OpenThoughts": {
+        "content": f"<|begin_of_thought|>\n\n{T}\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n{A}\n\n"
+        "<|end_of_solution|>"
+    },
     "tags in the key": {"content": A, "reasoning_content": f"<think>\n{T}\n</think>"},
 }
 REFUSED = {
@@ -149,6 +163,9 @@ REFUSED = {
     "an empty cell of pandas": ({"question": Q, "answer": "NaN"}, "'NaN'"),
     "a weight between": ({"messages": [USER, {**PLAIN, "weight": 0.5}]}, "0.5"),
     "no turn to train": ({"messages": [USER, {**PLAIN, "loss": False}]}, "no turn to train"),
+    "a key twice": ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "`content` twice"),
+    "choices without text": ({"question": Q, "options": [1, 2], "answer": A}, "is not text but int"),
+    "a part of no known type": ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}, PLAIN]}, "part"),
     "a table of other lengths": ({"messages": {"role": ["user", "assistant"], "content": [Q]}}, "not a list"),
 }  # fmt: skip
 
@@ -184,6 +201,39 @@ def test_what_cannot_be_trained_is_refused_by_name(name):
     columns, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason):
         read_row(columns)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"A": "甲", "B": "乙"}, ["甲", "乙"], ["A. 甲", "B. 乙"],
+     [{"key": "A", "value": "甲"}, {"key": "B", "value": "乙"}],
+     {"label": ["A", "B"], "text": ["甲", "乙"]}, "{'A': '甲', 'B': '乙'}", "A. 甲\nB. 乙"],
+)  # fmt: skip
+def test_choices_stand_below_the_question(options):
+    messages = read_row({"question": Q, "options": options, "answer": "A"}).messages
+    assert messages[0]["content"] == f"{Q}\nA. 甲\nB. 乙"
+
+
+def test_empty_cells_of_pandas_are_empty():
+    row = read_row(
+        {"instruction": Q, "input": "None", "system": "nan", "context": "NaN", "history": "null", "output": A}
+    )
+    assert row.messages == [USER, PLAIN] and len(row.notes) == 4
+    assert row.notes[0] == ("`input` is 'None', as pandas writes an empty cell", "taken as empty")
+    assert read_row({"question": Q, "answer": "nan", "output": A}).messages == [USER, PLAIN]
+
+
+def test_a_column_that_is_given_one_meaning_has_no_other():
+    row = read_row({"instruction": "诊断？", "input": "男，50 岁。", "output": A}, given=(("context", "input"),))
+    assert row.messages[0]["content"] == "男，50 岁。\n\n诊断？"
+
+
+def test_a_second_system_prompt_is_named():
+    own = {"role": "system", "content": "你是医生。"}
+    row = read_row({"system": "你是护士。", "messages": [own, USER, PLAIN]}, SYSTEM)
+    assert row.messages == [own, USER, PLAIN] and row.unused == ["system"]
+    row = read_row({"system": "你是医生。", "messages": [own, USER, PLAIN]}, SYSTEM)
+    assert row.messages == [own, USER, PLAIN] and not row.unused
 
 
 def test_a_system_column_and_a_turn_that_is_not_trained():

@@ -100,6 +100,7 @@ def test_one_process_stops_with_a_checkpoint_however_it_is_asked(command, tmp_pa
     step = launch.interrupted_at(step + 5, lambda: os.killpg(launch.process.pid, signal.SIGINT))
     ranks = Ranks(args, log=tmp_path / "end")
     while status_of(out)["status"] != "running" or metrics_of(out)[-1]["step"] < step + 5:
+        assert ranks.processes[0].exitcode is None, ranks.output()
         time.sleep(0.02)
     (out / "STOP").touch()
     assert ranks.wait().codes == [0] and status_of(out)["status"] == "interrupted" and not (out / "STOP").exists()

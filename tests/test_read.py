@@ -79,6 +79,15 @@ FILES = {
     "a.csv": (lambda path: as_csv(ROWS, path), []),
     "gb.csv": (lambda path: as_csv(ROWS, path, "gb18030"), ["read as GB18030"]),
     "tab.csv": (lambda path: as_csv(ROWS, path, delimiter="\t"), []),
+    "excel.csv": (lambda path: [as_csv(ROWS, path, delimiter=";"), path.write_text("sep=;\n" + path.read_text())], []),
+    "lists.jsonl": (
+        lambda path: path.write_text("\n".join(json.dumps(
+            [{"role": "user", "content": row["question"]},
+             {"role": "assistant", "content": row["answer"], "reasoning_content": row["think"]}]) for row in ROWS)), [],
+    ),
+    "described.json": (
+        lambda path: path.write_text(json.dumps({"description": "x", "data": ROWS})), ["`description` is not read"],
+    ),
     "semicolon.csv": (lambda path: as_csv(ROWS, path, delimiter=";"), []),
     "a.tsv": (lambda path: as_csv(ROWS, path, delimiter="\t"), []),
     "utf16.csv": (lambda path: as_csv(ROWS, path, "utf-16"), ["read as UTF-16"]),
@@ -110,6 +119,8 @@ FOLDERS = {
     "one file": {"a.jsonl": ROWS},
     "shards": {"train-00000-of-00002.jsonl": ROWS[:9], "train-00001-of-00002.jsonl": ROWS[9:]},
     "files of any name": {"a.jsonl": ROWS[:9], "b/b.json": ROWS[9:], "README.md": [], ".cache/c.jsonl": ROWS},
+    "a test file beside others": {"medical.jsonl": ROWS, "medical_val.jsonl": ROWS[:2], "test.jsonl": ROWS[:1]},
+    "files of one name": {"a/zh/rows.jsonl": ROWS[:9], "b/zh/rows.jsonl": ROWS[9:]},
     "splits by name": {"train.jsonl": ROWS, "test.jsonl": ROWS[:2], "validation.jsonl": ROWS[:2]},
 }
 
@@ -117,14 +128,14 @@ FOLDERS = {
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_is_its_files(name, expected, tmp_path):
     for file, rows in FOLDERS[name].items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / file).write_text("\n".join(json.dumps(row) for row in rows))
     split = load(tmp_path)
     assert [row.messages for row in split.train] == expected
     assert len({row.location for row in split.train + split.val}) == 20
     notes = split.report["datasets"][0]["notes"]
-    assert len(notes) == (2 if name == "splits by name" else 0)
-    if notes:
+    assert len(notes) == (2 if name in ("splits by name", "a test file beside others") else 0)
+    if name == "splits by name":
         assert f"--val-dataset {tmp_path}/test.jsonl" in notes[0]
         held_out = load(tmp_path, val_dataset=(f"{tmp_path}:test",))
         assert (len(held_out.train), len(held_out.val)) == (18, 2)  # the two are in train.jsonl too
@@ -144,11 +155,30 @@ def test_what_save_to_disk_wrote(expected, tmp_path):
     assert len(load(f"{tmp_path / 'dict'}:test", val_fraction=0.5).train) == 2
     with pytest.raises(UserError, match="holds the splits train, test; choose one"):
         load(f"{tmp_path / 'dict'}:dev")
+    (tmp_path / "dict/dataset_dict.json").write_text("{}")
+    with pytest.raises(UserError, match="has no 'splits'"):
+        load(tmp_path / "dict")
+
+
+def test_a_subset_of_a_folder_is_without_its_test_file(expected, tmp_path):
+    for file, rows in {"zh-CN/train.jsonl": ROWS, "zh-CN/test.jsonl": ROWS[:3], "en/train.jsonl": ROWS[:3]}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join(json.dumps(row) for row in rows))
+    split = load(f"{tmp_path}:zh-CN")
+    assert [row.messages for row in split.train] == expected
+    assert "zh-CN/test.jsonl is not read" in split.report["datasets"][0]["notes"][0]
 
 
 BAD = {
     "comma.csv": ("question,think,answer\n问,想,先喝水,再休息\n", ["comma.csv:2 has 4 fields, but the header has 3"]),
     "open.csv": ('question,think,answer\n问,想,答\n问,想,"答\n问,想,答\n', ["open.csv:3: a quote opens here"]),
+    "short.csv": ("question,answer\n问,答\n问,答一\n答二\n", ["short.csv:4 has 1 fields", "line break"]),
+    "mixed.csv": (("question,answer\n" + "头痛怎么办,多喝水\n" * 9).encode("gbk") + "头痛怎么办,多喝水\n".encode(),
+                  ["mixed.csv:11 is UTF-8 in a file of GB18030"]),
+    "bytes.csv": ("question,answer\n头痛怎么办,多喝水\n".encode() * 3 + b"\xce,\xce\n",
+                  ["bytes.csv:7 is not valid UTF-8"]),
+    "bytes.json": ('[{"question": "头痛怎么办",\n"answer": "多喝水'.encode() + b'\xce"}]',
+                   ["bytes.json:2 is not valid UTF-8"]),
     "closed.csv": ('question,think,answer\n问,想,"答"案\n', ["closed.csv:2"]),
     "twice.csv": ("question,answer,answer\n问,答,答二\n", ["two columns are named answer"]),
     "half.json": ('[{"question": "问"},\n{"question": ', ["half.json:2: is not valid JSON"]),
@@ -167,7 +197,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_cannot_be_read_is_told_with_its_place(name, tmp_path):
     text, wanted = BAD[name]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         load(tmp_path / name)
     assert all(words in str(error.value) for words in wanted), error.value
@@ -197,6 +227,9 @@ def test_names_have_a_part_and_an_amount(tmp_path):
     assert len(load(f"{tmp_path}/a:b.jsonl:10").train) == 9
     assert len(load(f"{tmp_path}/a:b.jsonl:50%").train) == 9
     assert len(load(f"{tmp_path}/c.json:x:10").train) == 9
+    for wrong in (f"{tmp_path}/a:b.jsonl:1k", f"{tmp_path}/c.json:z", "sample:foo", "sample:150%"):
+        with pytest.raises(UserError, match=r"1k|c\.json:x or c\.json:y|foo|at most 100 %"):
+            load(wrong)
     few = load(f"{tmp_path}/c.json:y:500")
     assert len(few.train) == 4 and "has 5 rows, fewer than the 500 asked for" in few.report["datasets"][0]["notes"][-1]
     assert find_source(f"{tmp_path}/c.json:y").label == "c-y"
@@ -251,7 +284,7 @@ def test_sets_of_several_files_on_modelscope(hub, expected, tmp_path):
 NAME = st.sampled_from(["question", "think", "answer", "Response", "history", "x", "备注", "", " "]) | st.text(
     max_size=3
 )
-CELL = st.text("医 a,;\t\"'\n\r{}[]\\<think>", max_size=8)
+CELL = st.text("医 a,\"'\n\r{}[]\\<think>", max_size=8)
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 ANY_JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAME, inner, max_size=3))
 COLUMN = st.lists(st.text(max_size=5), min_size=4, max_size=4) | st.lists(st.integers(0, 9), min_size=4, max_size=4)
@@ -303,9 +336,10 @@ def test_any_file_is_read_or_refused(count, tmp_path):
             outcomes["read"] += 1
             assert all(name in location for location, _ in rows)
             if name == "a.csv":
-                _, *lines = [*csv.reader(io.StringIO(content.decode(), newline="")), []]
+                header, *lines = [*csv.reader(io.StringIO(content.decode(), newline="")), []]
                 written = {field for line in lines for field in line if field.strip()}
-                assert written <= {value for _, row in rows for value in row.values()}
+                read = {value for _, row in rows for value in (row.values() if isinstance(row, dict) else header)}
+                assert written <= read
         try:
             load(path)
         except UserError as error:

@@ -62,15 +62,10 @@ def test_a_validation_file_of_its_own(files):
     assert split.report["datasets"][1]["label"] == "o1" and not split.labels
 
 
-SAME = [
-    "头晕怎么办?",
-    "头晕怎么办？",
-    " 头晕 怎么办",
-    "头晕，怎么办！",
-    "头晕\u200b怎么办\ufeff？",
-    "頭暈"[:0] + "头晕怎么办……",
-]
-OTHER = ["体温38.5怎么办", "体温385怎么办", "血压>140", "血压<140", "剂量5%", "剂量5", "1-2片", "12片"]
+SAME = ["头晕怎么办?", "头晕怎么办？", " 头晕 怎么办", "头晕，怎么办！", "头晕\u200b怎么办\ufeff？", "头晕怎么办……"]
+OTHER = ["体温38.5怎么办", "体温385怎么办", "血压>140", "血压<140", "剂量5%", "剂量5", "1-2片", "12片", "-3+5", "3+5",
+         "3-5", "3*5", "3/5", "35", "3 - 6", "36", "血压120 / 80", "血压12080", "第1、2题", "第12题", "10²", "102", "C#", "C",
+         "की", "का"]  # fmt: skip
 
 
 def test_questions_are_the_same_whatever_their_punctuation():
@@ -97,6 +92,60 @@ def test_leaks_between_sets_and_from_an_exam_are_removed(jsonl, tmp_path):
     assert questions[0] not in [row.columns.get("question") for row in split.train]
     with pytest.raises(UserError, match=r"--exclude .*: bad.jsonl:1 has no question"):
         load(jsonl(rows), exclude=(str(jsonl([{"text": "x"}], "bad.jsonl")),))
+
+
+ROLES = ("user", "assistant")
+
+
+def test_a_dialogue_and_its_beginning_are_one_question(jsonl):
+    """As sets have it that hold a dialogue once for each of its turns."""
+
+    def turns(number, index):
+        pairs = [(f"问题{index}，第{turn}次？", f"回答{turn}。") for turn in range(number)]
+        return [{"role": role, "content": text} for pair in pairs for role, text in zip(ROLES, pair, strict=True)]
+
+    rows = [{"messages": turns(number, index)} for index in range(40) for number in (1, 2)]
+    split = load(jsonl(rows), val_fraction=0.2)
+    held_out = {row.asked[0] for row in split.val}
+    assert split.report["train_val_overlap"] > 0 and not held_out & {row.asked[0] for row in split.train}
+    greeting = [{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"},
+                              *turns(1, index)]} for index in range(40)]  # fmt: skip
+    assert load(jsonl(greeting), val_fraction=0.2).report["train_val_overlap"] == 0  # a common beginning is no leak
+
+
+EXAMS = {
+    "with choices": [{"question": f"抗生素{i}是", "option": {"A": "甲", "B": "乙"}, "answer": "A"} for i in range(40)],
+    "as Alpaca": [{"instruction": "请回答下面这道医学考试题", "input": f"题{i}是？", "output": "A"} for i in range(40)],
+    "with a context": [{"context": "男，50 岁。", "question": f"诊断{i}？", "answer": "A"} for i in range(40)],
+    "as messages": [{"messages": [{"role": "user", "content": f"题{i}？"}, {"role": "assistant", "content": "A"}]}
+                    for i in range(40)],
+    "with names of its own": [{"题干": f"题{i}？", "答": "A"} for i in range(40)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMS)
+def test_an_exam_is_excluded_in_whatever_form_it_is(name, jsonl):
+    rows, columns = EXAMS[name], ("question=题干", "answer=答") if "own" in name else ()
+    exam = jsonl(rows[:20], "exam.jsonl")
+    split = load(jsonl(rows), columns=columns, exclude=(str(exam),), val_fraction=0.5)
+    assert split.report["excluded"] == 20 and len(split.train) + len(split.val) == 20
+    if name in ("with choices", "as Alpaca"):
+        bare = [{"question": row.get("input") or row["question"]} for row in rows[:20]]
+        split = load(jsonl(rows), exclude=(str(jsonl(bare, "bare.jsonl")),), val_fraction=0.5)
+        assert split.report["excluded"] == 20
+
+
+def test_an_exam_that_cannot_be_read_is_told(jsonl):
+    rows = jsonl([good_row(index) for index in range(20)])
+    for bad, message in (({"question": "x", "query": "y"}, "can both be"), ({"text": "x"}, "has no question")):
+        with pytest.raises(UserError, match=rf"--exclude .*bad.jsonl:1 .*{message}"):
+            load(rows, exclude=(str(jsonl([bad], "bad.jsonl")),))
+
+
+@pytest.mark.parametrize("value", [[1, 2], [{"a": 1}], ["内科", None], {"a": 1}, 3, True, "a/b"])
+def test_a_group_may_be_any_value(jsonl, value):
+    rows = jsonl([{**good_row(index), "dep": value} for index in range(20)])
+    assert sum(load(rows, group_by="dep").report["groups"].values()) == 2
 
 
 def test_files_of_one_name_keep_their_places_apart(jsonl, tmp_path):
