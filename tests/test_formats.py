@@ -163,6 +163,7 @@ REFUSED = {
     "an empty cell of pandas": ({"question": Q, "answer": "NaN"}, "'NaN'"),
     "a weight between": ({"messages": [USER, {**PLAIN, "weight": 0.5}]}, "0.5"),
     "no turn to train": ({"messages": [USER, {**PLAIN, "loss": False}]}, "no turn to train"),
+    "cMedQA2, whose questions and answers are two files": ({"question_id": 1, "content": A}, "has no question"),
     "a key twice": ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "`content` twice"),
     "choices without text": ({"question": Q, "options": [1, 2], "answer": A}, "is not text but int"),
     "a part of no known type": ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}, PLAIN]}, "part"),
