@@ -51,14 +51,15 @@ def find_source(text: str) -> Source:
     if path.is_dir():
         files, notes = files_of_folder(path, part, name)
         return Source(name, files, "", amount, notes)
-    owner_and_name, _, file = "/".join(plain.split("/")[:2]), None, "/".join(plain.split("/")[2:])
+    owner, name_there, *inside = [*plain.split("/"), ""]
+    hub_id, file = f"{owner}/{name_there}", "/".join(inside[:-1])
     is_missing_file = file_type(path) is not None and not file
-    if is_missing_file or plain.startswith((".", "/", "~")) or not is_hub_id(owner_and_name):
+    if is_missing_file or plain.startswith((".", "/", "~")) or not is_hub_id(hub_id):
         raise UserError(
             f"there is no dataset file {plain!r}; name a file ({', '.join(FILE_TYPES)}), a folder of them, "
             "a ModelScope dataset id (owner/name), or `sample`"
         )
-    files, notes = files_of_hub(owner_and_name, file, part)
+    files, notes = files_of_hub(hub_id, file, part)
     return Source(name, files, "", amount, notes)
 
 
