@@ -319,7 +319,7 @@ def test_other_settings_are_refused_with_every_difference(command, whole, tmp_pa
     args = command("one", "--output-dir", whole, "--resume")
     changes = ["--seed", "7", "--learning-rate", "0.001", "--gradient-accumulation-steps", "3", "--max-steps", "9"]
     outcome = run([*args, *changes, "--dataset", other], log=tmp_path / "log")
-    expected = ["seed: 42 -> 7", "learning_rate: 0.003 -> 0.001", "max_steps: 8 -> 9", "rows_per_step: 4 -> 3"]
+    expected = ["seed: 42 -> 7", "learning_rate: 0.005 -> 0.001", "max_steps: 8 -> 9", "rows_per_step: 4 -> 3"]
     refused(outcome, *expected, "train_rows: ", "--output-dir OTHER", f"--model {whole / 'best'}")
     assert files_of(whole) == before
     moved = tmp_path / "moved.jsonl"  # the same rows under another name are the same data

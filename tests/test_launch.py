@@ -22,6 +22,8 @@ pytestmark = pytest.mark.integration
 ARGS = ["tiny", "--max-steps", "100", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4",
          "--sample-max-new-tokens", "8"]  # fmt: skip
+# As in the forks, whose preset is smaller.
+ARGS += ["--per-device-train-batch-size", "1", "--per-device-eval-batch-size", "4"]
 TWO = ["--config_file", "loop/launch/ddp.yaml", "--num_processes", "2"]
 
 
