@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from data.split import Split
 
 CHUNK = 1_000  # rows that a process takes at a time
 VERSION = 1  # of what is kept in files
+OPTIONS: list = []  # in a worker: tokenizer, max_length, overlong
 
 
 class Encoded(Sequence):
@@ -125,19 +125,24 @@ def encode_in_parallel(rows: list[Row], tokenizer, max_length: int, overlong: st
     starts = range(0, len(rows), CHUNK)
     chunks = ([Row(row.location, {}, row.messages) for row in rows[start : start + CHUNK]] for start in starts)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    options = map(repeat, (tokenizer, max_length, overlong))
-    with ProcessPoolExecutor(cores, get_context("spawn"), initializer=quiet_worker) as pool:
+    options = (tokenizer, max_length, overlong)  # sent once to each process: a tokenizer is megabytes
+    with ProcessPoolExecutor(cores, get_context("spawn"), start_worker, options) as pool:
         bar = show_progress(rows, "tokenizing")
-        for chunk in pool.map(encode_chunk, chunks, starts, *options):
+        for chunk in pool.map(encode_in_worker, chunks, starts):
             bar.update(min(CHUNK, len(rows) - bar.n))
             yield chunk
         bar.close()
 
 
-def quiet_worker() -> None:
+def start_worker(*options) -> None:
     """A process for each core, each with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    OPTIONS[:] = options
+
+
+def encode_in_worker(rows: list[Row], start: int) -> tuple:
+    return encode_chunk(rows, start, *OPTIONS)
 
 
 def encode_chunk(rows: list[Row], start: int, tokenizer, max_length: int, overlong: str) -> tuple:
