@@ -82,16 +82,22 @@ def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example
     texts = [tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n") for _, messages in turns]
     think_end = tokenizer.convert_tokens_to_ids("</think>")
     examples = []
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    for (location, messages), prompt, ids in zip(
-        turns, prompt_ids, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
-    ):
+    all_ids = zip(turns, token_ids(prompts, tokenizer), token_ids(texts, tokenizer), strict=True)
+    for (location, messages), prompt, ids in all_ids:
         if ids[: len(prompt)] != prompt:
             raise UserError(f"{location}: the chat template's prompt is not the beginning of its whole dialogue")
         has_thinking = "reasoning_content" in messages[-1]
         answer_start = ids.index(think_end, len(prompt)) + 1 if has_thinking else len(prompt)
         examples.append(Example(torch.tensor(ids), len(prompt), answer_start, location))
     return examples
+
+
+def token_ids(texts: list[str], tokenizer) -> list[list[int]]:
+    """As tokenizer(texts, add_special_tokens=False) gives them, without the offsets that it also computes."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def render_prompt(messages: list[dict], tokenizer) -> str:

@@ -15,6 +15,7 @@ from data.source import find_source
 NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 # Signs that make another number or another name of it: 1.5 and 15, 3-5 and 35, -3 and 3, C# and C.
 IN_NUMBERS = re.compile(r"(?<=\d)\s*([.,:、])\s*(?=\d)|(?<=[0-9A-Za-z])\s*([-+*/^#&])|([-+*/^#&])(?=\s*[0-9A-Za-z])")
+NO_WORD = re.compile(r"[\W_]")
 SEED = 12  # characters by which a longer text is searched for an exam's questions
 
 
@@ -23,11 +24,12 @@ def question_key(text: str) -> str:
     that make another question of it stay."""
     text = text.translate(NARROW).casefold()
     kept = {match.start(group) for match in IN_NUMBERS.finditer(text) for group in (1, 2, 3)}
-    return "".join(
-        character
-        for index, character in enumerate(text)
-        if character.isalnum() or index in kept or character in "%‰" or unicodedata.category(character)[0] in "SM"
-    )
+
+    def keep(match: re.Match) -> str:
+        sign = match.group()
+        return sign if match.start() in kept or sign in "%‰" or unicodedata.category(sign)[0] in "SM" else ""
+
+    return NO_WORD.sub(keep, text)
 
 
 class Exam:
