@@ -175,7 +175,8 @@ def lists_of(content: dict) -> dict[str, list]:
 
 
 def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:
-    """Strict: a row with more fields than the header, or a quote that is not closed, is an error with its line."""
+    """Strict: a row with more or fewer fields than the header, or a quote that is not closed, is an error with its
+    line; it might have cut a text, or swallowed the rows behind it."""
     csv.field_size_limit(2**31 - 1)
     first = file.readline()
     if first.strip().startswith("sep="):  # Excel's own line
