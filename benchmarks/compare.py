@@ -23,6 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from loop.environment import set_before_torch  # noqa: E402
+
 SMALL = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
              intermediate_size=1536)  # fmt: skip
 SHAPES = {
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        if args.worker.startswith("ours"):
+            set_before_torch()
         print(json.dumps(matmul_rate() if args.worker == "matmul" else work(args)))
         return
     results = {name: [] for name in ["matmul", *args.only]}
@@ -85,7 +89,7 @@ SHOWN = ("tflops", "tokens_per_s", "step_p50_s", "peak_gib", "error")
 def start(args, name: str) -> dict:
     """One contestant in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    if name.startswith("ours") or name == "trainer thp":
+    if name == "trainer thp":
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
     try:
@@ -197,7 +201,7 @@ def train_ours(args, config, rows, device):
     if args.worker == "ours":
         for layer in causal_lm.model.layers:
             layer.compile(dynamic=True)
-    model = SFTModel(causal_lm, profile.loss_chunk)
+    model = SFTModel(causal_lm, profile.loss_chunk, compiled=args.worker == "ours")
     model, optimizers = prepare(accelerator, model, make_optimizers(model, settings))
     packing = dict(batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
     losses, ends = [], [time.perf_counter()]
