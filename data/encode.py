@@ -8,13 +8,14 @@ import torch
 
 from data.errors import UserError
 from data.rows import Row
+from data.template import generation_prompt, whole_text
 
 
 class Example(NamedTuple):
-    """One assistant turn with its history, ending in <|im_end|>.
+    """One assistant turn with its history, ending in the end token (of Qwen3 <|im_end|>).
 
-    Targets are the ids from prompt_length on: thinking up to answer_start (`<think>` through
-    `</think>`), the answer from there through `<|im_end|>`. Without thinking the two are equal.
+    Targets are the ids from prompt_length on: thinking up to answer_start (`<think>`, unless the prompt ends with it,
+    through `</think>`), the answer from there through the end token. Without thinking the two are equal.
     """
 
     input_ids: torch.Tensor  # (T,) int32 or int64
@@ -47,7 +48,7 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
     """One Example for each assistant turn of each row, and the problems found.
 
     The text is the chat template's own rendering, tokenised once, without the newline that follows
-    <|im_end|>. Thinking-free turns have the template's empty block in their prompt. Raises UserError
+    the end token. Thinking-free turns have an empty block in their prompt. Raises UserError
     if overlong is `error` and a turn has more than max_length tokens.
     """
     turns = [
@@ -79,7 +80,7 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
 
 def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:
     prompts = [render_prompt(messages, tokenizer) for _, messages in turns]
-    texts = [tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n") for _, messages in turns]
+    texts = [whole_text(messages, prompt, tokenizer) for (_, messages), prompt in zip(turns, prompts, strict=True)]
     think_end = tokenizer.convert_tokens_to_ids("</think>")
     examples = []
     all_ids = zip(turns, token_ids(prompts, tokenizer), token_ids(texts, tokenizer), strict=True)
@@ -102,9 +103,7 @@ def token_ids(texts: list[str], tokenizer) -> list[list[int]]:
 
 def render_prompt(messages: list[dict], tokenizer) -> str:
     """What inference sends to get the last message as its reply."""
-    return tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True, enable_thinking="reasoning_content" in messages[-1]
-    )
+    return generation_prompt(messages[:-1], tokenizer, thinking="reasoning_content" in messages[-1])
 
 
 def shorten_thinking(
@@ -114,7 +113,9 @@ def shorten_thinking(
 
     The cut text is rendered and tokenised again, so what is trained stays what the template renders.
     """
-    thinking = example.input_ids[example.prompt_length + 1 : example.answer_start - 1].tolist()
+    thinking = example.input_ids[example.prompt_length : example.answer_start - 1].tolist()
+    if thinking[0] == tokenizer.convert_tokens_to_ids("<think>"):
+        thinking = thinking[1:]
     keep = len(thinking)
     while len(example) > max_length:
         keep -= len(example) - max_length

@@ -104,8 +104,9 @@ def restore_export(folder: Path) -> None:
         old.rename(folder)
 
 
-def card(run: dict, language: str, sampling: GenerationConfig) -> dict[str, str]:
-    """README.md, the model card, and a Modelfile for Ollama. run: its settings and figures.
+def card(run: dict, language: str, sampling: GenerationConfig, template: str = "<|im_start|>") -> dict[str, str]:
+    """README.md, the model card, and a Modelfile for Ollama if the chat template is Qwen3's form. run: its settings and
+    figures.
 
     The card's header keeps the system prompt that the model was trained with, for everyone who talks to it.
     """
@@ -123,11 +124,12 @@ def card(run: dict, language: str, sampling: GenerationConfig) -> dict[str, str]
         "dataset": ", ".join(map(public_name, run["dataset"])),
     }
     run |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    run["is_chatml"] = "<|im_start|>" in template
     text = TEMPLATES.get_template(f"card.{language}.md").render(run)
-    return {
-        "README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}",
-        "Modelfile": TEMPLATES.get_template("Modelfile").render(run),
-    }
+    files = {"README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}"}
+    if run["is_chatml"]:
+        files["Modelfile"] = TEMPLATES.get_template("Modelfile").render(run)
+    return files
 
 
 def system_prompt_of(folder: Path) -> str:

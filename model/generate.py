@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from data.errors import UserError, one_line
+from data.template import generation_prompt, has_block, opens_block
 from model.qwen3 import find_model
 
 # Replies made at one time: 16 of Qwen3-1.7B with 2,048 tokens each keep 3.5 GiB of keys and values.
@@ -68,15 +69,27 @@ def load_for_generation(model: str | Path, device: torch.device):
 
 
 @contextmanager
-def ready_to_generate(causal_lm):
+def ready_to_generate(causal_lm, in_bf16: bool = False):
     """A model that trains, as it generates: padded rows and a cache need PyTorch's attention, and one token at a
-    time no compiled layers."""
+    time no compiled layers. in_bf16: with weights cast once, as they will be exported; autocast would cast them again
+    for each token, 6.9 GB of Qwen3-1.7B."""
     was_training, attention = causal_lm.training, causal_lm.config._attn_implementation
     causal_lm.eval().set_attn_implementation("sdpa")
+    places = [
+        (module._parameters, name)
+        for module in causal_lm.modules()
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+    own = [parameters[name] for parameters, name in places]
+    cast = {p: torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in own} if in_bf16 else {}
     try:
+        for (parameters, name), parameter in zip(places, own, strict=True):
+            parameters[name] = cast.get(parameter, parameter)
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        for (parameters, name), parameter in zip(places, own, strict=True):
+            parameters[name] = parameter
         causal_lm.train(was_training).set_attn_implementation(attention)
 
 
@@ -119,13 +132,8 @@ def reply_to(
         stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
     )
     for index, ids in zip(fitting, output[:, length:].tolist(), strict=True):
-        replies[index] = split_reply(ids, tokenizer, end_tokens(causal_lm), has_block(prompts[index]))
+        replies[index] = split_reply(ids, tokenizer, end_tokens(causal_lm), prompts[index])
     return replies
-
-
-def has_block(prompt: str) -> bool:
-    """Whether the prompt ends with the empty block of thinking that asks for an answer alone."""
-    return prompt.rstrip().endswith("</think>")
 
 
 def end_tokens(causal_lm) -> list[int]:
@@ -133,17 +141,17 @@ def end_tokens(causal_lm) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def split_reply(ids: list[int], tokenizer, ends: list[int], prompt_has_block: bool = False) -> Reply:
+def split_reply(ids: list[int], tokenizer, ends: list[int], prompt: str = "") -> Reply:
     """ids of a reply, perhaps followed by padding -> Reply. A reply that opens a block of thinking and does not
-    close it is all thinking, one that has no block all answer. The prompt's block counts as the reply's."""
+    close it is all thinking, one that has no block all answer. What the prompt has of a block counts as the reply's."""
     end = next((index for index, token in enumerate(ids) if token in ends), None)
     ids = ids[:end]
     start, close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    opened = ids[:1] == [start]
-    ids = ids[1:] if opened else ids
+    opened = ids[:1] == [start] or opens_block(prompt)
+    ids = ids[1:] if ids[:1] == [start] else ids
     cut = ids.index(close) if close in ids else len(ids) if opened else -1
     think, answer = (tokenizer.decode(part).strip() for part in (ids[: max(cut, 0)], ids[cut + 1 :]))
-    closed = ids.count(close) + prompt_has_block == 1 and start not in ids
+    closed = ids.count(close) + has_block(prompt) == 1 and start not in ids
     return Reply(think, answer, closed, stopped=end is not None)
 
 
@@ -162,14 +170,12 @@ class ReplyStream(BaseStreamer):
     ):
         """dialogue ends with a user message; thinking False asks for an answer alone; sampling: keywords of
         `generate` that take the place of the model's generation_config. Raises ReplyError."""
-        prompt = tokenizer.apply_chat_template(
-            dialogue, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+        prompt = generation_prompt(dialogue, tokenizer, thinking)
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
         length, limit = inputs["input_ids"].shape[1], causal_lm.config.max_position_embeddings
         if length >= limit:
             raise ReplyError(f"the dialogue has {length} tokens and the model takes {limit}")
-        self.tokenizer, self.ends, self.prompt_has_block = tokenizer, end_tokens(causal_lm), has_block(prompt)
+        self.tokenizer, self.ends, self.prompt = tokenizer, end_tokens(causal_lm), prompt
         self.ids: list[int] = []
         self.prompt_is_past, self.stopping, self.arrived = False, threading.Event(), queue.SimpleQueue()
         self.started, self.seconds = time.perf_counter(), 0.0
@@ -206,7 +212,8 @@ class ReplyStream(BaseStreamer):
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         start, close = self.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-        part, decoder, begun, held = "answer", DecodeStream(), False, ""
+        part = "think" if opens_block(self.prompt) else "answer"
+        decoder, begun, held = DecodeStream(), False, ""
         try:
             while (token := self.arrived.get()) is not None:
                 if isinstance(token, Exception):
@@ -230,4 +237,4 @@ class ReplyStream(BaseStreamer):
 
     @property
     def reply(self) -> Reply:
-        return split_reply(self.ids, self.tokenizer, self.ends, self.prompt_has_block)
+        return split_reply(self.ids, self.tokenizer, self.ends, self.prompt)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,16 +16,19 @@ from transformers import (
 
 from data.errors import UserError, one_line
 from data.hub import download, is_hub_id
+from loop.console import say
 from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ENDS = ["<|im_end|>", "<|endoftext|>"]  # of a reply in ChatML; other templates end it with the tokenizer's own
 THINK_TOKENS = ["<think>", "</think>"]
-# Dense decoders whose layers take packed rows. llama is the small pretrained model that the tests train.
-ARCHITECTURES = ("qwen3", "llama")
+# Dense decoders whose layers take packed rows: Qwen3; Qwen2.5 and DeepSeek-R1-Distill-Qwen; llama is the small
+# pretrained model that the tests train.
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
 
 # Text messages come out as Qwen3's own template renders them: the thinking of turns before the last
 # question is left out, and a last reply without thinking gets an empty block.
-TINY_TEMPLATE = """\
+CHATML_TEMPLATE = """\
 {%- set last = namespace(question=-1) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
@@ -73,11 +77,25 @@ def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = T
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"cannot load the tokenizer of {model}: {one_line(error)}") from error
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in [*SPECIAL_TOKENS, *THINK_TOKENS] if token not in vocabulary]
-    if missing or tokenizer.chat_template is None:
-        lack = f"no token {', '.join(missing)}" if missing else "no chat template"
-        raise UserError(f"the tokenizer of {model} has {lack}; a Qwen3 model is needed")
+    return with_thinking(tokenizer, model)
+
+
+def with_thinking(tokenizer, model: str):
+    """The tokenizer, able to render and to read thinking. One that speaks ChatML and knows no thinking, as that of
+    Qwen2.5, learns Qwen3's form. Raises UserError if there is no way."""
+    template, vocabulary = tokenizer.chat_template, tokenizer.get_vocab()
+    if template is None:
+        raise UserError(f"the tokenizer of {model} has no chat template; a chat model is needed, such as Qwen3")
+    if all(token in vocabulary for token in SPECIAL_TOKENS) and "<|im_start|>" in template:
+        if missing := [token for token in THINK_TOKENS if token not in vocabulary]:
+            tokenizer.add_tokens([AddedToken(token, normalized=False) for token in missing])
+        if "reasoning_content" not in template:
+            say(f"the chat template of {model} leaves thinking out: trained and exported with Qwen3's form")
+            tokenizer.chat_template = CHATML_TEMPLATE
+    elif missing := [token for token in THINK_TOKENS if token not in vocabulary]:
+        raise UserError(f"the tokenizer of {model} has no token {', '.join(missing)}; a Qwen3 model is needed")
+    elif "reasoning_content" not in template and "</think>" not in template:
+        raise UserError(f"the chat template of {model} has no place for thinking; a Qwen3 model is needed")
     return tokenizer
 
 
@@ -91,7 +109,9 @@ def model_config(model: str, tokenizer, weights: bool = True):
     except Exception as error:
         raise UserError(f"cannot load {model}: {one_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
-        raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3 model is needed")
+        raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3 or qwen2 model is needed")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UserError(f"{model} has layers with sliding-window attention, which this loop has not")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     return config
@@ -137,7 +157,7 @@ def load_model(
 
 def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE with a vocabulary of 2,048 made from texts, with Qwen3's special tokens and template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,7 +175,7 @@ def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=TINY_TEMPLATE,
+        chat_template=CHATML_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -183,6 +203,7 @@ def generation_config(causal_lm, tokenizer) -> GenerationConfig:
     own = causal_lm.generation_config.to_dict() if causal_lm.generation_config else {}
     own = {name: value for name, value in own.items() if own.get("do_sample") and value is not None}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    end = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    ends = ENDS if "<|im_start|>" in tokenizer.chat_template else [tokenizer.eos_token]
+    end = tokenizer.convert_tokens_to_ids(ends)
     known = {name: own.get(name, value) for name, value in sampling.items()}
-    return GenerationConfig(**known, eos_token_id=end, pad_token_id=end[1], bos_token_id=end[1])
+    return GenerationConfig(**known, eos_token_id=end, pad_token_id=end[-1], bos_token_id=end[-1])

@@ -38,7 +38,7 @@ def smollm(folder: Path) -> Path:
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.qwen3 import TINY_TEMPLATE
+    from model.qwen3 import CHATML_TEMPLATE
 
     source = Path(os.environ.get("SMOLLM2", folder))
     if not list(source.rglob("*.gguf")):
@@ -51,7 +51,7 @@ def smollm(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None  # it is plain by now, but would not be saved
     del model.config.quantization_config
-    tokenizer.chat_template = TINY_TEMPLATE
+    tokenizer.chat_template = CHATML_TEMPLATE
     words = tokenizer.backend_tokenizer.to_str()
     for word, name in (("<filename>", "<think>"), ("<repo_name>", "</think>")):
         words = words.replace(f'"{word}"', f'"{name}"')
