@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
+import accelerate
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
@@ -26,6 +27,13 @@ from data.errors import UserError
 from loop.config import TrainConfig
 from loop.console import is_main_process
 from loop.launcher import check_launcher, num_threads
+
+
+class Accelerator(accelerate.Accelerator):
+    def no_sync(self, model):
+        """Under FSDP2 gradients are shared out after each backward. Left whole until the last one they would take 4
+        bytes of each parameter on each GPU: 48 GiB more with 14 billion parameters on 8 GPUs."""
+        return nullcontext() if self.is_fsdp2 else super().no_sync(model)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -44,24 +44,24 @@ def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
     rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
     """
     loss_sums = []
-    for index, (inputs, is_think) in enumerate(batch.micro_batches):
-        is_last = index == len(batch.micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
+    for number, (inputs, is_think) in enumerate(batch.micro_batches, start=1):
+        with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):
             losses = model(**inputs)  # (n,) cross-entropy of each target
             weights = is_think * config.think_weight + ~is_think * config.answer_weight
             loss = (losses * weights).sum() / batch.num_targets
             # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
             accelerator.backward(loss * accelerator.num_processes)
-        losses = losses.detach()
-        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]))
+        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]).detach())
     return torch.stack(loss_sums)
 
 
 def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
     """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
     loss_sums = forward_backward(model, batch, accelerator, config)
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)  # all ranks
-    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), grad_norm)  # the one wait for the device
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # all ranks
+    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), norm)  # the one wait for the device
+    if 0 < config.max_grad_norm < metrics.grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
