@@ -52,7 +52,8 @@ class TrainConfig:
     memory: Literal["auto", "speed", "32g", "24g", "16g"] = may_change("auto")
     # Recompute activations in the backward pass: less memory, about a third more compute. auto: as memory says.
     gradient_checkpointing: Literal["auto", "on", "off"] = may_change("auto")
-    # Compile the decoder layers. auto: on CUDA, in runs long enough to repay the compilation.
+    # Compile the decoder layers and the loss. auto: in bf16 on CUDA, if there is a C compiler, in runs long enough to
+    # repay it.
     compile: Literal["auto", "on", "off"] = may_change("auto")
 
     # --- optimizer step ---
@@ -103,6 +104,9 @@ class TrainConfig:
     # Validation questions that the model answers at each evaluation (and up to 32 that the best one answers at the
     # end); 0 turns it off.
     num_samples: int = may_change(3)
+    # Most time that these answers may take, as a share of the time trained since the last evaluation (before training,
+    # of the evaluation's own time); then they end where they are. 0 for no limit.
+    sample_budget: float = may_change(0.1)
     # Longest of these answers in tokens, thinking included.
     sample_max_new_tokens: int = may_change(1024)
 
@@ -138,7 +142,7 @@ class TrainConfig:
         at_least = {
             -1: "micro_batch_tokens",
             0: "early_stopping_patience early_stopping_min_delta lora_rank num_samples think_weight answer_weight "
-            "learning_rate weight_decay max_grad_norm seed max_time",
+            "learning_rate weight_decay max_grad_norm seed max_time sample_budget",
             1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps "
             "logging_steps save_steps sample_max_new_tokens",
             2: "save_total_limit",
@@ -192,6 +196,7 @@ PRESETS = {
         logging_steps=5,
         save_steps=100,
         sample_max_new_tokens=256,
+        sample_budget=0.0,
         run_name="tiny",
         output_dir="outputs/tiny",
     ),

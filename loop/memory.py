@@ -1,7 +1,4 @@
-"""Memory profiles: what each of them sets and changes, and the bytes that a run will need.
-
-The prediction is an upper bound in eager mode; compiled layers keep less. GiB are 2**30 bytes.
-"""
+"""Memory profiles: what each of them sets and changes, and the bytes that a run will need. GiB are 2**30 bytes."""
 
 import os
 from typing import NamedTuple
@@ -14,8 +11,21 @@ from loop.config import TrainConfig
 from loop.console import warn
 
 GIB = 2**30
-# Fixed costs besides the tensors: the CUDA context and what the allocator cannot use; Python and its libraries.
-OVERHEAD = {"cuda": 1.0 * GIB, "cpu": 0.7 * GIB}
+# Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
+# its rules on the allocations of a step); Python and its libraries.
+OVERHEAD = {"cuda": 1.7 * GIB, "cpu": 0.7 * GIB}
+# Bytes that autograd keeps of one token in one layer, for each of hidden_size, query, key and intermediate_size, by
+# what decides them: (bytes of a weight, of a number in a matrix product, layers are compiled). tests/test_cuda_fake.py
+# holds them against the tensors of a step.
+KEPT = {
+    (4, 2, False): (26, 10, 10, 8),
+    (4, 2, True): (10, 6, 6, 6),
+    (2, 2, False): (16, 10, 10, 8),
+    (2, 2, True): (8, 6, 6, 6),
+    (4, 4, False): (24, 16, 28, 16),
+    (4, 4, True): (24, 16, 28, 16),
+}
+KEPT_BY_LORA = {False: (18, 10, 8, 8), True: (10, 8, 6, 6)}  # by whether layers are compiled
 
 
 class Profile(NamedTuple):
@@ -30,10 +40,10 @@ class Profile(NamedTuple):
 EXACT = "fp32 weights and fp32 AdamW, the experiment as it is"
 PROFILES = {
     "speed": Profile(False, 16384, 16384, torch.float32, "adamw", EXACT),
-    "32g": Profile(True, 0, 1024, torch.float32, "adamw", EXACT),
-    "24g": Profile(True, 0, 1024, torch.float32, "adamw_8bit", "fp32 weights; AdamW's moments in 8 bits"),
+    "32g": Profile(True, 8192, 1024, torch.float32, "adamw", EXACT),
+    "24g": Profile(True, 8192, 1024, torch.float32, "adamw_8bit", "fp32 weights; AdamW's moments in 8 bits"),
     "16g": Profile(
-        True, 0, 1024, torch.bfloat16, "adamw_8bit",
+        True, 8192, 1024, torch.bfloat16, "adamw_8bit",
         "bf16 weights and gradients, updates rounded stochastically; AdamW's moments in 8 bits",
     ),
 }  # fmt: skip
@@ -50,10 +60,15 @@ class Plan(NamedTuple):
     def total(self) -> float:
         return sum(self.needs.values())
 
+    @property
+    def tensors(self) -> float:
+        """Without what is no tensor."""
+        return self.total - self.needs["context and allocator"]
+
 
 def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.device, shards: int) -> dict[str, Plan]:
-    """Every profile, for these settings. causal_lm: the model, on the meta device will do. lengths: of the
-    training rows, in tokens. shards: processes that share weights, gradients and states."""
+    """Every profile, for these settings, of which `compile` is resolved. causal_lm: the model, on the meta device will
+    do. lengths: of the training rows, in tokens. shards: processes that share weights, gradients and states."""
     plans = {}
     for name, profile in PROFILES.items():
         if shards > 1 and profile.optim != "adamw":
@@ -62,15 +77,12 @@ def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.d
             profile = profile._replace(gradient_checkpointing=config.gradient_checkpointing == "on")
         if config.micro_batch_tokens >= 0:
             profile = profile._replace(micro_batch_tokens=config.micro_batch_tokens)
-        rows = config.per_device_train_batch_size
-        if profile.micro_batch_tokens:
-            rows *= config.gradient_accumulation_steps
-        longest = sorted(lengths, reverse=True)[:rows]
-        tokens = sum(longest)
-        if profile.micro_batch_tokens:
-            tokens = min(tokens, max(profile.micro_batch_tokens, longest[0]))
-        autocast = config.mixed_precision == "bf16"
-        plans[name] = Plan(name, profile, predict(profile, causal_lm, tokens, autocast, device, shards))
+        batch = config.per_device_train_batch_size
+        longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps]
+        limit = profile.micro_batch_tokens or sum(longest[:batch])
+        tokens = min(sum(longest), max(limit, longest[0]))
+        needs = predict(profile, config, causal_lm, tokens, sum(longest) > tokens, device, shards)
+        plans[name] = Plan(name, profile, needs)
     return plans
 
 
@@ -99,38 +111,73 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
 
 
 def predict(
-    profile: Profile, causal_lm, tokens: int, autocast: bool, device: torch.device, shards: int
+    profile: Profile, config: TrainConfig, causal_lm, tokens: int, several: bool, device: torch.device, shards: int = 1
 ) -> dict[str, float]:
-    """Bytes of each item at the peak of a backward over a micro-batch of that many tokens, all of them targets."""
-    c = causal_lm.config
-    num_parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
-    num_trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
-    width = profile.weights.itemsize
-    half = 2 if autocast or width == 2 else 4  # bytes of a number that goes into a matrix product
-    hidden, mlp = c.hidden_size, c.intermediate_size
-    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # What autograd keeps of one token in one layer; the factors are measured in tests/test_memory.py.
-    factors = {(4, 2): (26, 10, 14, 8), (2, 2): (16, 10, 12, 8), (4, 4): (24, 16, 28, 16)}[width, half]
-    layer = tokens * sum(f * size for f, size in zip(factors, (hidden, query, key, mlp), strict=True))
-    kept = tokens * hidden * width if profile.gradient_checkpointing else layer
-    in_layers = sum(p.numel() for p in causal_lm.model.layers.parameters())
-    head = c.vocab_size * hidden
-    needs = {
-        "weights": num_parameters * width / shards,
-        "gradients": num_trained * width / shards,
-        # 8-bit moments: a byte each, and a scale in fp32 for every 256 of them.
-        "optimizer states": num_trained * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards,
-        "activations": c.num_hidden_layers * kept + profile.gradient_checkpointing * 1.5 * layer,
-        "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half,
-        # The head's gradient in fp32, and the embedding's, which are added at the end of the backward.
-    }
-    if causal_lm.lm_head.weight.requires_grad:
-        needs["gradients of head and embedding, apart"] = head * (4 + width)
-    if half < width and not profile.gradient_checkpointing:
-        needs["bf16 copies of the weights, for the backward"] = 2 * in_layers
+    """Bytes of each item at the peak of a step, whose largest micro-batch has that many tokens, all of them targets.
+    several: it has more micro-batches than one, so gradients are there when a backward begins."""
+    c, layers = causal_lm.config, causal_lm.model.layers
+    width, compiled = profile.weights.itemsize, config.compile == "on"
+    half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
+    count = {True: 0, False: 0}
+    for parameter in causal_lm.parameters():
+        count[parameter.requires_grad] += parameter.numel()
+    in_layers = sum(parameter.numel() for parameter in layers.parameters())
+    layer = tokens * kept_in_layer(c, KEPT_BY_LORA[compiled] if count[False] else KEPT[width, half, compiled])
+    residual = tokens * c.hidden_size * (width if half == width else 4)
+    weights = sum(count.values()) * width / shards
+    # 8-bit moments: a byte each, and a scale in fp32 for every 256 of them.
+    states = count[True] * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards
+    gradients = count[True] * width / shards
+    head = c.vocab_size * c.hidden_size
+    head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
+    embedding_gradient = width * head * several * causal_lm.model.embed_tokens.weight.requires_grad
+    checkpointing = profile.gradient_checkpointing
+    kept = len(layers) * (residual if checkpointing else layer)
+    # What lies beside weights and states, in the order of a step; the phase that needs most is the peak.
+    phases = [
+        {
+            "gradients": gradients * several,
+            "activations": kept + 22 * tokens * c.hidden_size,  # the norm before the head, and the rows of targets
+            "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + (0 if compiled else 4 * 2**24),
+            "the head's gradient, and its copy in bf16": head_gradient + head * half * (half < width),
+            "bf16 copies of the weights": half * in_layers * (half < width and not checkpointing),
+        },
+        {  # the backward of the last layer
+            "gradients": gradients * several,
+            "activations": kept + 1.5 * layer * checkpointing,
+            "the head's gradient": head_gradient,
+            "bf16 copies of the weights": half * in_layers * (half < width and not checkpointing),
+        },
+        {  # of the first
+            "gradients": gradients if several or count[False] else in_layers * width / shards,
+            "activations": 1.5 * layer,
+            "the head's gradient": head_gradient,
+        },
+        {  # of the embedding
+            "gradients": gradients,
+            "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
+        },
+        {"gradients": gradients, "temporaries of the 8-bit update": 8 * head * (profile.optim == "adamw_8bit")},
+    ]
+    needs = {"weights": weights, "optimizer states": states}
+    if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
+        copy = {"the copy that a checkpoint is written from": weights + states}
+        if config.save_steps < config.max_steps:
+            needs |= copy
+        else:
+            phases.append(copy)
     if shards > 1:
-        needs["gathered by FSDP2"] = (head + 2 * in_layers / c.num_hidden_layers) * (half + 4)
+        needs["gathered by FSDP2"] = (head + 2 * in_layers / len(layers)) * (half + 4)
+    needs |= max(phases, key=lambda phase: sum(phase.values()))
+    needs = {item: size for item, size in needs.items() if size}
     return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
+
+
+def kept_in_layer(c, factors: tuple) -> float:
+    """Bytes of one token; factors: of KEPT."""
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    sizes = (c.hidden_size, c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim, c.intermediate_size)
+    return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
 
 
 def disk_of(plan: Plan, causal_lm, config: TrainConfig, shards: int) -> float:

@@ -125,7 +125,8 @@ class Run:
         UserError if no export can be made.
         """
         state, is_best = self.state, self.state.is_better(metrics.loss)
-        rates = self.samples.answer(model, self.accelerator, state.step, interrupt)
+        seconds = self.progress.take_trained() * self.config.sample_budget or math.inf
+        rates = self.samples.answer(model, self.accelerator, state.step, interrupt, seconds)
         try:
             if is_best:
                 self.export(metrics, model)
@@ -154,7 +155,8 @@ class Run:
         weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
         figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
         figures |= {"perplexity": metrics.perplexity, **metrics._asdict()}
-        texts = card(self.info | figures, self.config.language, causal_lm.generation_config)
+        settings = self.info | figures, self.config.language, causal_lm.generation_config
+        texts = card(*settings, tokenizer.chat_template)
         together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
 
     def stepped(self, metrics: StepMetrics, batch, optimizers: list) -> None:
@@ -186,10 +188,12 @@ class Run:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
         self.progress.bar.close()
         state, best, is_done = self.state, self.best, self.is_trained
-        say(f"peak memory {peak_memory_gib(self.accelerator.device):.1f} GiB; predicted {self.plan.total / GIB:.1f}")
+        device = self.accelerator.device
+        # PyTorch counts its tensors; of a process on a CPU the system counts everything.
+        of, predicted = ("", self.plan.total) if device.type == "cpu" else (" of tensors", self.plan.tensors)
+        say(f"peak memory{of} {peak_memory_gib(device):.1f} GiB; predicted {predicted / GIB:.1f}")
         if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN
             try:
-                device = self.accelerator.device
                 self.samples.answer_with_best(best, device, state.best_step, state.step, interrupt)
             except Stopped:
                 is_done = False

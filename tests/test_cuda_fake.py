@@ -1,0 +1,49 @@
+"""The step on CUDA at the true size of Qwen3, on a device that is not there: see fake_cuda.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LENGTHS = [2048, 1100, 800, 702]
+FULL = [2048] * 4
+# The most operators that one micro-batch and the update may launch.
+LAUNCHES = {"speed": 6_700, "32g": 8_600, "24g": 9_200, "16g": 9_200}
+CASES = {
+    "speed": [
+        {"memory": "speed", "lengths": LENGTHS},
+        {"memory": "speed", "lengths": LENGTHS, "compile": True},
+        {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16},
+        {"memory": "speed", "lengths": FULL, "micro_batch_tokens": 4096, "shape": "0.6b"},
+    ],
+    "small cards": [
+        {"memory": "32g", "lengths": LENGTHS},
+        {"memory": "24g", "lengths": LENGTHS},
+        {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
+        {"memory": "16g", "lengths": LENGTHS, "compile": True},
+        {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False},
+    ],
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
+@pytest.mark.parametrize("group", CASES)
+def test_the_memory_of_a_step_is_what_is_predicted(group):
+    """Within 5 %; the host waits for the device once; nothing is float64 there; few launches."""
+    cases = [{"shape": "1.7b", **case} for case in CASES[group]]
+    command = [sys.executable, str(ROOT / "tests/fake_cuda.py"), json.dumps(cases)]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(cases)
+    for case, result in zip(cases, results, strict=True):
+        assert result["predicted"] == pytest.approx(result["peak"], rel=0.05), case
+        assert result["waits"] == ["tolist"] and not result["float64"], case
+        if case["shape"] == "1.7b" and not case.get("compile") and not case.get("lora_rank"):
+            assert result["launches"] / result["micro_batches"] <= LAUNCHES[case["memory"]], case
+        assert result["micro_batches"] == (2 if "micro_batch_tokens" in case else 1)
