@@ -4,7 +4,6 @@ python benchmarks/checkpoint.py        # CPU: a small Qwen3 of 103 million param
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -13,7 +12,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+from loop.environment import set_before_torch  # noqa: E402
+
+set_before_torch()
 
 
 def main() -> None:

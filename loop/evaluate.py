@@ -14,13 +14,16 @@ from loop.distributed import to_device
 
 class EvalMetrics(NamedTuple):
     """Mean cross-entropy per target token in nats, and the share of targets that are the model's likeliest next
-    token after the true ones before; a part without targets has NaN."""
+    token after the true ones before; a part without targets has NaN. close and stop are the one target that ends a
+    row's thinking and the one that ends the row: whether the model keeps the form, at no cost."""
 
     loss: float
     think_loss: float
     answer_loss: float
     think_accuracy: float
     answer_accuracy: float
+    close_accuracy: float
+    stop_accuracy: float
 
     @property
     def perplexity(self) -> float:
@@ -43,26 +46,36 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = []  # of each micro-batch: (loss, correct, count) x (think, answer)
+    sums = []  # of each micro-batch: (loss, correct, count) x (think, answer, close, stop)
     try:
         for index, micro_batch in enumerate(micro_batches):
             check()
-            inputs, is_think = to_device(micro_batch, accelerator.device)
+            inputs, *parts = to_device([micro_batch.inputs, *parts_of(micro_batch)], accelerator.device)
             losses, is_correct = model(**inputs, count_correct=True)
             measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
-            sums.append(torch.stack([(x * part).sum() for x in measures for part in (is_think, ~is_think)]))
+            sums.append(torch.stack([(measure * part).sum() for measure in measures for part in parts]))
             each(index, losses)
     finally:
         model.train(was_training)
-    columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
-    think_loss, answer_loss, think_correct, answer_correct, think, answer = (total(column) for column in columns)
+    totals = [
+        total(column) for column in zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)
+    ]  # all ranks
+    (think_loss, answer_loss, *_), correct, count = totals[:4], totals[4:8], totals[8:]
     return EvalMetrics(
-        mean(think_loss + answer_loss, think + answer),
-        mean(think_loss, think),
-        mean(answer_loss, answer),
-        mean(think_correct, think),
-        mean(answer_correct, answer),
+        mean(think_loss + answer_loss, count[0] + count[1]),
+        mean(think_loss, count[0]),
+        mean(answer_loss, count[1]),
+        *map(mean, correct, count),
     )
+
+
+def parts_of(micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    """(n,) bool each, on the host: which targets are thinking, which answer, which end a row's thinking, which end a
+    row. An answer always follows the thinking, because it has at least its end token."""
+    is_think, inputs = micro_batch.is_think, micro_batch.inputs
+    closes = is_think & ~torch.cat([is_think[1:], is_think[:1]])
+    stops = torch.isin(inputs["target_positions"] + 2, inputs["cu_seqlens"][1:])
+    return is_think, ~is_think, closes, stops
 
 
 class LossOfGroups:

@@ -63,9 +63,10 @@ class Interrupt:
         on_main = is_main_process() and (self.stop_file.exists() or time.monotonic() > self.deadline)
         return bool(self.signalled_at) or on_main
 
-    def requested(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank. All ranks."""
-        here = self.requested_here()
+    def requested(self, or_on_main: bool = False) -> bool:
+        """Whether any rank was asked to stop, or the main process says or_on_main; the same answer on every rank. All
+        ranks."""
+        here = self.requested_here() or (or_on_main and is_main_process())
         if self.group is None:
             return here
         asked = torch.tensor(int(here))

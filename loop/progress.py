@@ -17,6 +17,7 @@ class Progress:
             disable=None if is_main_process() else True,
         )
         self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0  # trained since the last row of train metrics
+        self.trained = 0.0  # seconds since the last evaluation
         self.resume()
 
     def resume(self) -> None:
@@ -24,11 +25,17 @@ class Progress:
         self.clock = time.perf_counter()
 
     def stepped(self, num_tokens: int) -> None:
-        self.seconds += time.perf_counter() - self.clock
+        self.seconds += (seconds := time.perf_counter() - self.clock)
+        self.trained += seconds
         self.num_tokens += num_tokens
         self.num_steps += 1
         self.bar.update()
         self.resume()
+
+    def take_trained(self) -> float:
+        """Seconds trained since the last call; if nothing was, those of the evaluation that goes on."""
+        trained, self.trained = self.trained, 0.0
+        return trained or time.perf_counter() - self.clock
 
     def take_speed(self) -> dict[str, float]:
         """Over the steps since the last call, evaluations and checkpoints left out."""

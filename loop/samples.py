@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -34,10 +35,13 @@ class Samples:
         if is_main_process():
             keep_rows(self.path, state.step, lambda row: row["model"] == "training" and row["step"] <= state.last_eval)
 
-    def answer(self, model: torch.nn.Module, accelerator: Accelerator, step: int, interrupt: Interrupt) -> dict:
+    def answer(
+        self, model: torch.nn.Module, accelerator: Accelerator, step: int, interrupt: Interrupt, seconds: float
+    ) -> dict:
         """The model in training answers the first questions; returns its format rates. All ranks.
 
-        Raises Stopped, with nothing written, if the run is asked to stop meanwhile.
+        After so many seconds all answers end where they are, and have no rates. Raises Stopped, with nothing written,
+        if the run is asked to stop meanwhile.
 
         Each rank computes the same answers, because with FSDP2 every forward needs all of them.
         """
@@ -45,14 +49,22 @@ class Samples:
             return {}
         rows, sft_model = self.rows[: self.num_samples], accelerator.unwrap_model(model)
         generate = functools.partial(sft_model.generate, synced_gpus=accelerator.is_fsdp2)
-        with ready_to_generate(sft_model.causal_lm), accelerator.autocast():
+        # FSDP2 gathers its shards in bf16 by itself.
+        in_bf16 = accelerator.mixed_precision == "bf16" and not accelerator.is_fsdp2
+        end, is_cut = time.monotonic() + seconds, []
+
+        def should_stop() -> bool:
+            is_cut.append(interrupt.requested(or_on_main=time.monotonic() > end))
+            return is_cut[-1]
+
+        with ready_to_generate(sft_model.causal_lm, in_bf16), accelerator.autocast():
             asked = prompts(rows, self.tokenizer)
-            more = self.max_new_tokens, generate, interrupt.requested
-            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, *more)
+            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate, should_stop)
         interrupt.check()
+        cut = {"cut_at": len(is_cut)} if any(is_cut) else {}  # tokens
         if is_main_process():
-            self.write([line(step, "training", row, reply) for row, reply in zip(rows, replies, strict=True)])
-        return {f"format/{name}": rate for name, rate in format_rates(replies).items()}
+            self.write([line(step, "training", row, reply) | cut for row, reply in zip(rows, replies, strict=True)])
+        return {} if cut else {f"format/{name}": rate for name, rate in format_rates(replies).items()}
 
     def answer_with_best(
         self, best: Path, device: torch.device, best_step: int, step: int, interrupt: Interrupt

@@ -1,6 +1,7 @@
 """What is seen while the model trains: accuracies, weighted parts, samples."""
 
 import json
+import math
 from copy import deepcopy
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import peaks, settings
 from ranks import run
 from runs import metrics_of
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from data.batches import collate, make_batch
 from data.dataset import Data
@@ -16,12 +18,13 @@ from data.encode import encode_rows
 from data.formats import read_row
 from data.rows import Row
 from loop.config import TrainConfig
-from loop.evaluate import evaluate
+from loop.evaluate import evaluate, parts_of
 from loop.samples import Samples, prompts
 from loop.state import TrainState
 from loop.step import train_step
 from loop.tracking import Tracker, keep_rows
-from model.generate import Reply, format_rates, has_block, ready_to_generate, reply_to, split_reply
+from model.export import export
+from model.generate import Reply, format_rates, ready_to_generate, reply_to, split_reply
 from tools.report import read_lines
 
 
@@ -35,13 +38,16 @@ def test_accuracy_is_the_share_of_likeliest_tokens(examples, make_model, acceler
     """Against transformers' own logits, row by row."""
     model = make_model(loss_chunk=50)
     model.causal_lm.lm_head.weight[examples[0].input_ids[-1]] *= 3  # a guess that is right at times
-    hits = {"think": [], "answer": []}
+    hits, ends = {"think": [], "answer": []}, {"close": [], "stop": []}
     for example in examples[:8]:
         likeliest = plain_logits(model.causal_lm, example).argmax(-1)[:-1]
         right = likeliest == example.input_ids[1:]
         hits["think"] += right[example.prompt_length - 1 : example.answer_start - 1].tolist()
         hits["answer"] += right[example.answer_start - 1 :].tolist()
+        ends["close"].append(right[example.answer_start - 2].item())
+        ends["stop"].append(right[-1].item())
     metrics = evaluate(model, [collate(examples[:5]), collate(examples[5:8])], accelerator)
+    assert metrics.close_accuracy == sum(ends["close"]) / 8 and metrics.stop_accuracy == sum(ends["stop"]) / 8
     assert metrics.think_accuracy == pytest.approx(sum(hits["think"]) / len(hits["think"]), abs=1e-12)
     assert metrics.answer_accuracy == pytest.approx(sum(hits["answer"]) / len(hits["answer"]), abs=1e-12)
 
@@ -54,6 +60,7 @@ def test_accuracy_of_a_model_that_knows_the_row(examples, make_model, accelerato
         train_step(model, optimizers, batch, accelerator, 1.0, settings())
     metrics = evaluate(model, batch.micro_batches, accelerator)
     assert metrics.think_accuracy > 0.95 and metrics.answer_accuracy > 0.95
+    assert metrics.close_accuracy == metrics.stop_accuracy == 1.0
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0), (0.3, 2.0)])
@@ -91,8 +98,6 @@ def test_weighted_parts_scale_the_gradient_and_not_the_report(examples, make_mod
 
 def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, make_model):
     """Packed attention, checkpointing and the training mode leave no trace in an answer, nor the answer in them."""
-    from transformers import AutoModelForCausalLM
-
     model = make_model(gradient_checkpointing=True)
     plain = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa").eval()
     plain.load_state_dict(model.causal_lm.state_dict())
@@ -103,6 +108,41 @@ def test_the_model_in_training_answers_as_transformers_alone(split, tokenizer, m
     assert ours == reply_to(plain, tokenizer, asked, 24)
     assert tokenizer.backend_tokenizer.to_str() == before
     assert model.causal_lm.training and model.causal_lm.config._attn_implementation == "packed"
+
+
+def test_the_form_of_rows_with_and_without_thinking(tokenizer, make_model, accelerator):
+    """One row thinks, the next does not, whichever comes first; nothing ends its thinking if none does."""
+    rows = [
+        Row("", {}, read_row({"question": "头晕？", "think": think, "answer": "多休息。"}).messages)
+        for think in ("想", "", "再想")
+    ]
+    first, plain, last = encode_rows(rows, tokenizer, 512, "error")[0]
+    close = tokenizer.convert_tokens_to_ids("</think>")
+    for packed in ([first, plain, last], [plain, first, last], [first, last, plain]):
+        micro_batch = collate(packed)
+        _, _, closes, stops = parts_of(micro_batch)
+        ids = micro_batch.inputs["target_ids"]
+        assert (ids[closes] == close).all() and closes.sum() == 2
+        assert (ids[stops] == tokenizer.eos_token_id).all() and stops.sum() == 3
+    metrics = evaluate(make_model(), [collate([plain])], accelerator)
+    assert math.isnan(metrics.close_accuracy) and metrics.stop_accuracy in (0.0, 1.0)
+
+
+def test_answers_in_bf16_are_those_of_the_exported_model(split, tokenizer, make_model, tmp_path):
+    """Weights are cast once and come back as they were, and the same parameters."""
+    model = make_model()
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    asked = prompts(split.val[:3], tokenizer)
+    with ready_to_generate(model.causal_lm, in_bf16=True), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
+        ours = reply_to(model.causal_lm, tokenizer, asked, 24, model.generate)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1]) and parameter.requires_grad
+    export(model.causal_lm, model.causal_lm.state_dict(), tokenizer, tmp_path / "best")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype="auto", attn_implementation="sdpa")
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert ours == reply_to(exported.eval(), tokenizer, asked, 24)
 
 
 def test_format_rates():
@@ -125,7 +165,7 @@ def test_a_question_is_asked_as_its_row_was_trained(tokenizer):
     for prompt, example in zip(asked, examples, strict=True):
         assert tokenizer(prompt)["input_ids"] == example.input_ids[: example.prompt_length].tolist()
     ids, ends = tokenizer("多休息。<|im_end|>")["input_ids"], tokenizer.convert_tokens_to_ids(["<|im_end|>"])
-    replies = [split_reply(ids, tokenizer, ends, has_block(prompt)) for prompt in asked]
+    replies = [split_reply(ids, tokenizer, ends, prompt) for prompt in asked]
     assert replies == [("", "多休息。", False, True), ("", "多休息。", True, True)]
 
 
@@ -171,5 +211,13 @@ def test_samples_of_a_run(tmp_path):
 
     assert run([*args, "--num-samples", "0", "--output-dir", tmp_path / "without"]).codes == [0]
     assert not (tmp_path / "without/samples.jsonl").exists()
-    best = [(tmp_path / run / "best/model.safetensors").read_bytes() for run in ("with", "without")]
-    assert best[0] == best[1]
+    args += ["--num-samples", "2", "--sample-budget", "1e-9"]
+    assert run([*args, "--output-dir", tmp_path / "cut"]).codes == [0]
+    lines = [json.loads(line) for line in (tmp_path / "cut/samples.jsonl").read_text().splitlines()]
+    assert [line.get("cut_at") for line in lines] == [1] * 6 + [None] * 12
+    assert not any(name.startswith("format/") for row in metrics_of(tmp_path / "cut") for name in row)
+    report = (tmp_path / "cut/report.md").read_text(encoding="utf-8")
+    assert "共 3 次评估，每次回答 2 个问题" in report and "其中 3 次在 1 至 1 个词元处截止" in report
+
+    best = [(tmp_path / run / "best/model.safetensors").read_bytes() for run in ("with", "without", "cut")]
+    assert best[0] == best[1] == best[2]

@@ -34,6 +34,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.filters["quote"] = quote
+# A run from before these were measured has none.
+TEMPLATES.filters["percent"] = lambda share: f"{share:.1%}" if isinstance(share, float) else "-"
 
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
@@ -74,10 +76,20 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         answers=answers[:NUM_ANSWERS],
         num_answers=len(answers),
         rates={name: f"{rate:.0%}" for name, rate in rates.items()},
+        sampled=sampled_in_training(samples),
     )
     draw(run_dir / "report", train, evaluations, verdict, status, groups)
     write_text(run_dir / "report.md", text)
     return run_dir / "report.md"
+
+
+def sampled_in_training(samples: list[dict]) -> dict:
+    """How many questions were answered at an evaluation, at how many of these, and after how many tokens answers ended
+    because their time was over."""
+    training = [sample for sample in samples if sample["model"] == "training"]
+    cuts = {sample["step"]: sample["cut_at"] for sample in training if "cut_at" in sample}
+    steps = {sample["step"] for sample in training}
+    return {"times": len(steps), "questions": len(training) // max(1, len(steps)), "cuts": sorted(cuts.values())}
 
 
 def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
