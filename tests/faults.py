@@ -434,3 +434,20 @@ def rename_weights() -> None:
         return {name.replace("causal_lm.", "_orig_mod."): w for name, w in original(self, *args, **kwargs).items()}
 
     Accelerator.get_state_dict = get_state_dict
+
+
+def gradients_are_shared_out() -> None:
+    """Ends the run if after a backward this rank holds a gradient that is not its shard alone."""
+    from torch.distributed.tensor import DTensor
+
+    from loop.distributed import Accelerator
+
+    backward = Accelerator.backward
+
+    def checked(accelerator, loss):
+        backward(accelerator, loss)
+        for name, parameter in accelerator._models[-1].named_parameters():
+            if not isinstance(parameter.grad, DTensor):
+                raise RuntimeError(f"{name} has no shard of a gradient after a backward")
+
+    Accelerator.backward = checked

@@ -161,3 +161,10 @@ def test_small_cards_learn_the_same_and_resume_to_the_bit(command, exact, memory
     assert weights_and_moments(newest(tmp_path / "run"))["model"]["causal_lm.model.norm.weight"].dtype == dtype
     refusal = run([*args, "--memory", "32g"], log=tmp_path / "log")
     assert refusal.codes == [2] and ("weights: " if memory == "16g" else "other optimizers") in refusal.output
+
+
+def test_fsdp2_keeps_no_whole_gradient_between_micro_batches(command, tmp_path):
+    args = [*command, "--memory", "speed", "--micro-batch-tokens", "0", "--num-samples", "0"]
+    args += ["--output-dir", tmp_path / "run"]
+    outcome = run(args, "fsdp2", "gradients_are_shared_out()", tmp_path / "log")
+    assert outcome.codes == [0, 0], outcome.output
