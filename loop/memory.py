@@ -115,41 +115,61 @@ def predict(
 ) -> dict[str, float]:
     """Bytes of each item at the peak of a step, whose largest micro-batch has that many tokens, all of them targets.
     several: it has more micro-batches than one, so gradients are there when a backward begins."""
-    c, layers = causal_lm.config, causal_lm.model.layers
-    width, compiled = profile.weights.itemsize, config.compile == "on"
-    half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
-    count = {True: 0, False: 0}
-    for parameter in causal_lm.parameters():
-        count[parameter.requires_grad] += parameter.numel()
-    in_layers = sum(parameter.numel() for parameter in layers.parameters())
-    layer = tokens * kept_in_layer(c, KEPT_BY_LORA[compiled] if count[False] else KEPT[width, half, compiled])
-    residual = tokens * c.hidden_size * (width if half == width else 4)
-    weights = sum(count.values()) * width / shards
+    trained, frozen = count_parameters(causal_lm)
+    weights = (trained + frozen) * profile.weights.itemsize / shards
     # 8-bit moments: a byte each, and a scale in fp32 for every 256 of them.
-    states = count[True] * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards
-    gradients = count[True] * width / shards
+    states = trained * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards
+    needs = {"weights": weights, "optimizer states": states}
+    phases = phases_of_a_step(profile, config, causal_lm, tokens, several, shards)
+    if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
+        copy = {"the copy that a checkpoint is written from": weights + states}
+        if config.save_steps < config.max_steps:
+            needs |= copy
+        else:
+            phases.append(copy)
+    if shards > 1:
+        c, in_layers = causal_lm.config, sum(p.numel() for p in causal_lm.model.layers.parameters())
+        half = 2 if config.mixed_precision == "bf16" else 4
+        gathered = c.vocab_size * c.hidden_size + 2 * in_layers / c.num_hidden_layers
+        needs["gathered by FSDP2"] = gathered * (half + 4)
+    needs |= max(phases, key=lambda phase: sum(phase.values()))
+    needs = {item: size for item, size in needs.items() if size}
+    return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
+
+
+def phases_of_a_step(
+    profile: Profile, config: TrainConfig, causal_lm, tokens: int, several: bool, shards: int
+) -> list[dict[str, float]]:
+    """Bytes of each item beside weights and states, in the order of a step; the phase that needs most is the peak."""
+    c, layers = causal_lm.config, causal_lm.model.layers
+    width, compiled, checkpointing = profile.weights.itemsize, config.compile == "on", profile.gradient_checkpointing
+    half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
+    trained, frozen = count_parameters(causal_lm)
+    in_layers = sum(parameter.numel() for parameter in layers.parameters())
+    layer = tokens * kept_in_layer(c, KEPT_BY_LORA[compiled] if frozen else KEPT[width, half, compiled])
+    residual = tokens * c.hidden_size * (width if half == width else 4)
+    kept = len(layers) * (residual if checkpointing else layer)
+    gradients = trained * width / shards
     head = c.vocab_size * c.hidden_size
     head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
     embedding_gradient = width * head * several * causal_lm.model.embed_tokens.weight.requires_grad
-    checkpointing = profile.gradient_checkpointing
-    kept = len(layers) * (residual if checkpointing else layer)
-    # What lies beside weights and states, in the order of a step; the phase that needs most is the peak.
-    phases = [
+    copies = half * in_layers * (half < width and not checkpointing)
+    return [
         {
             "gradients": gradients * several,
             "activations": kept + 22 * tokens * c.hidden_size,  # the norm before the head, and the rows of targets
             "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + (0 if compiled else 4 * 2**24),
             "the head's gradient, and its copy in bf16": head_gradient + head * half * (half < width),
-            "bf16 copies of the weights": half * in_layers * (half < width and not checkpointing),
+            "bf16 copies of the weights": copies,
         },
         {  # the backward of the last layer
             "gradients": gradients * several,
             "activations": kept + 1.5 * layer * checkpointing,
             "the head's gradient": head_gradient,
-            "bf16 copies of the weights": half * in_layers * (half < width and not checkpointing),
+            "bf16 copies of the weights": copies,
         },
         {  # of the first
-            "gradients": gradients if several or count[False] else in_layers * width / shards,
+            "gradients": gradients if several or frozen else in_layers * width / shards,
             "activations": 1.5 * layer,
             "the head's gradient": head_gradient,
         },
@@ -159,18 +179,12 @@ def predict(
         },
         {"gradients": gradients, "temporaries of the 8-bit update": 8 * head * (profile.optim == "adamw_8bit")},
     ]
-    needs = {"weights": weights, "optimizer states": states}
-    if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
-        copy = {"the copy that a checkpoint is written from": weights + states}
-        if config.save_steps < config.max_steps:
-            needs |= copy
-        else:
-            phases.append(copy)
-    if shards > 1:
-        needs["gathered by FSDP2"] = (head + 2 * in_layers / len(layers)) * (half + 4)
-    needs |= max(phases, key=lambda phase: sum(phase.values()))
-    needs = {item: size for item, size in needs.items() if size}
-    return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
+
+
+def count_parameters(causal_lm) -> tuple[int, int]:
+    """Trained, and frozen."""
+    trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
+    return trained, causal_lm.num_parameters() - trained
 
 
 def kept_in_layer(c, factors: tuple) -> float:

@@ -9,6 +9,7 @@ from ranks import run
 from runs import assert_same_end, metrics_of, newest, weights_and_moments
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import loop.resolve
 from data.errors import UserError
 from loop.config import TrainConfig
 from loop.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
@@ -65,6 +66,19 @@ def test_settings_take_the_place_of_the_profiles(qwen3):
     assert "gradients" in several and "gradients" not in one
     # Compiled layers keep less, and 40 GiB are then enough.
     assert choose(plans(qwen3, compile="on"), "auto", CARD, 39.5 * GIB).name == "speed"
+
+
+def test_auto_compiles_where_it_can_and_pays(monkeypatch):
+    def compiles(tokens=3_000_000, device=CARD, compiler=True, **changes):
+        monkeypatch.setattr(loop.resolve, "which", lambda name: "/usr/bin/cc" if compiler and name == "cc" else None)
+        return loop.resolve.should_compile(TrainConfig(**changes), device, tokens)
+
+    assert compiles()
+    assert not compiles(tokens=100_000) and not compiles(device=CPU)
+    assert not compiles(mixed_precision="no") and not compiles(compiler=False) and not compiles(compile="off")
+    assert compiles(tokens=1, device=CPU, compile="on")
+    with pytest.raises(UserError, match="C compiler"):
+        compiles(compile="on", compiler=False)
 
 
 # In fp32 what autograd keeps can be counted; under autocast temporaries of the CPU kernels come and go.
