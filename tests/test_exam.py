@@ -1,0 +1,106 @@
+"""The exam: files are read, likelihoods are transformers' own, figures are those of their formulas."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REAL, ROOT
+from transformers import AutoModelForCausalLM
+
+from data.template import generation_prompt
+from tools.exam import LETTERS, Score, letter_likelihoods, mcnemar, read_exam, scores_of, take
+
+ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
+CMMLU = "\n".join([",Question,A,B,C,D,Answer", *ROWS]) + "\n"
+CEVAL = "id,question,A,B,C,D,answer,explanation\n" + f"{ROWS[0]},\n{ROWS[1]},四腔\n"
+FIRST = {"A": "卵巢", "B": "前庭大腺", "C": "前庭球", "D": "乳腺"}
+SECOND = {"A": "1", "B": "2", "C": "3", "D": "4"}
+CMB = [
+    {"exam_subject": "解剖", "question": "女性生殖腺是", "answer": "A", "option": {**FIRST, "E": ""}},
+    {"exam_subject": "解剖", "question": "心脏有几个腔", "answer": "D", "option": SECOND},
+]
+CMEXAM = [
+    {"Question": "女性生殖腺是", "Options": "\n".join(map(" ".join, FIRST.items())), "Answer": "A"},
+    {
+        "Question": "心脏有几个腔",
+        "Options": [{"key": letter, "value": text} for letter, text in SECOND.items()],
+        "Answer": "D",
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", CMMLU), ("a.csv", CEVAL), ("a.json", json.dumps(CMB)), ("a.json", json.dumps(CMEXAM))],
+    ids=["CMMLU", "C-Eval", "CMB", "CMExam"],
+)
+def test_exams_in_their_own_columns(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    questions, left_out = read_exam([str(tmp_path / name)])
+    assert [question.text for question in questions] == ["女性生殖腺是", "心脏有几个腔"]
+    assert [question.choices[question.correct] for question in questions] == ["卵巢", "4"]
+    assert {len(question.choices) for question in questions} == {4} and left_out == ("多选题" in content)
+    again, _ = read_exam([str(tmp_path / name)])
+    assert again == questions  # the order of the choices is drawn for each question, and stays
+
+
+def test_a_preference_for_a_letter_is_worth_a_guess(tmp_path):
+    lines = "".join(f"{i},第{i}题,对{i},错{i},误{i},非{i},A\n" for i in range(2000))
+    (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n" + lines, encoding="utf-8")
+    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    for letter in range(4):
+        assert sum(question.correct == letter for question in questions) / 2000 == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("content", ["question,answer\n头痛？,休息\n", ",Question,A,B,C,D,Answer\n0,问,甲,乙,丙,丁,\n"])
+def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
+    (tmp_path / "a.csv").write_text(content, encoding="utf-8")
+    command = [sys.executable, "-m", "tools.exam", "none", "--exam", str(tmp_path / "a.csv")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no question with choices and one right letter" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_likelihoods_are_those_of_transformers(small_folder, tmp_path):
+    """Packed, against one prompt at a time; and the answers that follow from them."""
+    (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
+    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    from model.qwen3 import load_model, load_tokenizer
+
+    own = load_tokenizer(str(small_folder))
+    model = load_model(str(small_folder), own, gradient_checkpointing=False).eval()
+    plain = AutoModelForCausalLM.from_pretrained(small_folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    dialogues = [[{"role": "user", "content": question.asked}] for question in questions]
+    prompts = [generation_prompt(dialogue, own, thinking=False) for dialogue in dialogues]
+    assert all(prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts)
+    found = letter_likelihoods(model, own, prompts, torch.device("cpu"))
+    ids = own.convert_tokens_to_ids(list(LETTERS))
+    expected = []
+    for prompt in prompts:
+        logits = plain(torch.tensor([own(prompt, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+        expected.append(logits.log_softmax(-1)[ids].tolist())
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    right = take(str(small_folder), questions, think=False, max_new_tokens=4, device=torch.device("cpu"))
+    best = [max(range(4), key=values.__getitem__) for values in expected]
+    assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
+    assert len(take(str(small_folder), questions, think=True, max_new_tokens=4, device=torch.device("cpu"))) == 2
+
+
+def test_figures_are_those_of_their_formulas(tmp_path):
+    low, high = Score(8, 10).interval
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    ours, theirs = [True] * 10 + [False] * 2 + [True] * 5, [False] * 10 + [True] * 2 + [True] * 5
+    assert mcnemar(ours, theirs) == mcnemar(theirs, ours) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert mcnemar(ours, ours) == 1.0
+    (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
+    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    assert scores_of(questions, [True, False]) == {"a": Score(1, 2), "all": Score(1, 2)}
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real exam lies beside the checkout")
+def test_a_real_exam():
+    questions, left_out = read_exam([str(REAL / "exam/test")])
+    assert len(questions) > 1900 and left_out < 10
+    assert len({question.subject for question in questions}) == 10
