@@ -48,7 +48,7 @@ def table(folder: Path) -> str:
     lines += [
         "",
         f"tokens/s: median {speed[len(speed) // 2]:.0f} ({speed[0]:.0f}-{speed[-1]:.0f}); "
-        f"peak memory {last['memory/peak_gib']:.1f} GiB",
+        f"peak memory {max(row['memory/peak_gib'] for row in train):.1f} GiB",
         *(f"best model: {name.partition('/')[2]} {last[name]:.0%}" for name in last if name.startswith("best_format/")),
     ]
     return "\n".join(lines)

@@ -35,7 +35,7 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters["quote"] = quote
 # A run from before these were measured has none.
-TEMPLATES.filters["percent"] = lambda share: f"{share:.1%}" if isinstance(share, float) else "-"
+TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if isinstance(share, float) else "-"
 
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
