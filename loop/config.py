@@ -52,9 +52,9 @@ class TrainConfig:
     memory: Literal["auto", "speed", "32g", "24g", "16g"] = may_change("auto")
     # Recompute activations in the backward pass: less memory, about a third more compute. auto: as memory says.
     gradient_checkpointing: Literal["auto", "on", "off"] = may_change("auto")
-    # Compile the decoder layers and the loss. auto: in bf16 on CUDA, if there is a C compiler, in runs long enough to
-    # repay it.
-    compile: Literal["auto", "on", "off"] = may_change("auto")
+    # Compile the decoder layers and the loss (on), or the loss alone, in seconds. auto: in bf16 and if there is a C
+    # compiler, on CUDA all of it in runs long enough to repay it, on a CPU the loss.
+    compile: Literal["auto", "on", "loss", "off"] = may_change("auto")
 
     # --- optimizer step ---
 

@@ -116,4 +116,4 @@ def build_model(config: TrainConfig, tokenizer, accelerator: Accelerator) -> SFT
         )
     if config.lora_rank:
         add_lora(causal_lm, config.lora_rank, config.model)
-    return SFTModel(causal_lm, profile.loss_chunk, compiled=config.compile == "on")
+    return SFTModel(causal_lm, profile.loss_chunk, compiled=config.compile in ("on", "loss"))

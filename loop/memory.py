@@ -158,7 +158,7 @@ def phases_of_a_step(
         {
             "gradients": gradients * several,
             "activations": kept + 22 * tokens * c.hidden_size,  # the norm before the head, and the rows of targets
-            "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + (0 if compiled else 4 * 2**24),
+            "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + 4 * 2**24 * (config.compile == "off"),
             "the head's gradient, and its copy in bf16": head_gradient + head * half * (half < width),
             "bf16 copies of the weights": copies,
         },

@@ -22,10 +22,13 @@ from loop.memory import GIB, Plan, choose, disk_of, memory_of, memory_table, pla
 from loop.run_folder import keep_global_batch
 from loop.tracking import choose_mode
 from model.generate import emulates_bf16
+from model.loss import compiles
 
 # Tokens of a process from which on compiling, some 25 s, pays: by a model of Qwen3-1.7B's step an H100 needs 15 s less
 # for each million of them.
 COMPILING_PAYS = 2_000_000
+# Logits from which on compiling the loss on a CPU, some 10 s, pays: two cores need 0.5 ms less for each token of Qwen3.
+COMPILING_THE_LOSS_PAYS = 10**10
 
 
 def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[TrainConfig, Plan]:
@@ -40,8 +43,8 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     if max_steps <= 0:
         max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
     tokens = int(data.train.lengths.sum()) * max_steps // data.steps_per_epoch(config) // processes
-    compiles = "on" if should_compile(config, device, tokens) else "off"
-    config = dataclasses.replace(config, max_steps=max_steps, compile=compiles)
+    compiled = what_to_compile(config, device, tokens, outline.config.vocab_size)
+    config = dataclasses.replace(config, max_steps=max_steps, compile=compiled)
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
     plans = plan_all(config, outline, data.train.lengths.tolist(), device, shards)
@@ -83,15 +86,24 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     return config, plan
 
 
-def should_compile(config: TrainConfig, device: torch.device, tokens: int) -> bool:
-    """Whether layers and loss are compiled. tokens: that one process trains on in the whole run, so that a resumed run
-    compiles as it did before. Raises UserError if there is nothing to compile with."""
-    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    can_compile = any(compiler and which(compiler) for compiler in compilers)
-    if config.compile == "on" and not can_compile:
-        raise UserError("--compile on needs a C compiler, and there is no cc, gcc or clang: install one, or leave it")
-    pays = device.type == "cuda" and config.mixed_precision == "bf16" and tokens >= COMPILING_PAYS
-    return config.compile == "on" or (config.compile == "auto" and can_compile and pays)
+def what_to_compile(config: TrainConfig, device: torch.device, tokens: int, vocabulary: int) -> str:
+    """on, loss or off. tokens: that one process trains on in the whole run, so that a resumed run compiles as it did
+    before. Raises UserError if there is nothing to compile with."""
+    on_cpu = device.type == "cpu"
+    names = (os.environ.get("CXX"), "c++", "g++") if on_cpu else (os.environ.get("CC"), "cc", "gcc", "clang")
+    can_compile = any(name and which(name) for name in names)
+    if config.compile in ("on", "loss") and not can_compile:
+        raise UserError(
+            f"--compile {config.compile} needs a {'C++' if on_cpu else 'C'} compiler; install g++, or leave it out"
+        )
+    if config.compile != "auto":
+        return config.compile
+    if not can_compile or config.mixed_precision != "bf16":
+        return "off"
+    if device.type == "cuda" and tokens >= COMPILING_PAYS:
+        return "on"
+    pays = on_cpu and sys.platform == "linux" and tokens * vocabulary >= COMPILING_THE_LOSS_PAYS
+    return "loss" if pays and compiles(torch.bfloat16) else "off"
 
 
 def check_disk(needed: float, folder: Path, dry_run: bool) -> None:

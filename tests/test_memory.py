@@ -69,16 +69,20 @@ def test_settings_take_the_place_of_the_profiles(qwen3):
 
 
 def test_auto_compiles_where_it_can_and_pays(monkeypatch):
-    def compiles(tokens=3_000_000, device=CARD, compiler=True, **changes):
-        monkeypatch.setattr(loop.resolve, "which", lambda name: "/usr/bin/cc" if compiler and name == "cc" else None)
-        return loop.resolve.should_compile(TrainConfig(**changes), device, tokens)
+    def compiled(tokens=3_000_000, device=CARD, compilers=("cc", "g++"), vocabulary=151936, **changes):
+        monkeypatch.setattr(loop.resolve, "which", lambda name: name if name in compilers else None)
+        return loop.resolve.what_to_compile(TrainConfig(**changes), device, tokens, vocabulary)
 
-    assert compiles()
-    assert not compiles(tokens=100_000) and not compiles(device=CPU)
-    assert not compiles(mixed_precision="no") and not compiles(compiler=False) and not compiles(compile="off")
-    assert compiles(tokens=1, device=CPU, compile="on")
-    with pytest.raises(UserError, match="C compiler"):
-        compiles(compile="on", compiler=False)
+    monkeypatch.setattr(loop.resolve, "compiles", lambda dtype: True)
+    assert compiled() == "on" and compiled(device=CPU) == "loss"
+    assert compiled(tokens=100_000) == "off" and compiled(tokens=100_000, device=CPU, vocabulary=2048) == "off"
+    for device in (CARD, CPU):
+        assert compiled(device=device, mixed_precision="no") == compiled(device=device, compilers=()) == "off"
+        assert compiled(device=device, compile="off") == "off" and compiled(device=device, compile="on") == "on"
+        with pytest.raises(UserError, match="compiler; install"):
+            compiled(device=device, compile="on", compilers=())
+    monkeypatch.setattr(loop.resolve, "compiles", lambda dtype: False)  # a compiler without headers, say
+    assert compiled(device=CPU) == "off"
 
 
 # In fp32 what autograd keeps can be counted; under autocast temporaries of the CPU kernels come and go.
