@@ -24,13 +24,15 @@ class Progress:
         """The time since the last step was no training."""
         self.clock = time.perf_counter()
 
-    def stepped(self, num_tokens: int) -> None:
+    def stepped(self, num_tokens: int) -> float:
+        """The seconds that the step took."""
         self.seconds += (seconds := time.perf_counter() - self.clock)
         self.trained += seconds
         self.num_tokens += num_tokens
         self.num_steps += 1
         self.bar.update()
         self.resume()
+        return seconds
 
     def take_trained(self) -> float:
         """Seconds trained since the last call; if nothing was, those of the evaluation that goes on."""

@@ -17,6 +17,7 @@ from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
 from loop.distributed import on_main_process
+from loop.environment import return_freed_memory
 from loop.evaluate import EvalMetrics
 from loop.files import write_json, write_lines
 from loop.interrupt import Interrupt, Stopped
@@ -163,7 +164,8 @@ class Run:
         """Records one step. Raises Diverged if gradients stay non-finite."""
         state, max_steps = self.state, self.config.max_steps
         state.stepped(metrics)
-        self.progress.stepped(batch.num_tokens)
+        if self.progress.stepped(batch.num_tokens) > 1 and self.accelerator.device.type == "cpu":
+            return_freed_memory()
         if not metrics.finite:
             rows = ", ".join(batch.rows)
             norm = f"gradient norm {metrics.grad_norm}"

@@ -103,7 +103,8 @@ class HeadLoss(torch.autograd.Function):
             logits = rows @ half_weight.T if kept is None else kept
             for block in blocks(logits, sums, scales, size=block_size(logits, ctx.compiled)):
                 (compiled_scaled_softmax_ if ctx.compiled else scaled_softmax_)(*block)
-            logits.scatter_(1, ids[:, None], of_ids[:, None])
+            # (scatter_ would do the same, by way of a copy in fp32 on a CPU)
+            logits[torch.arange(len(ids), device=ids.device), ids] = of_ids
             grad_rows.copy_(logits @ half_weight)
             if grad_weight is not None:
                 for part, grad_part in blocks(logits.T, grad_weight, size=VOCABULARY_BLOCK):
