@@ -67,11 +67,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"the launcher started {launched} processes, but each trains by itself ({accelerator.distributed_type}); "
             "look at --num_processes and at the configuration file of accelerate"
         )
-    kind = accelerator.distributed_type
+    kind, wrong = accelerator.distributed_type, ""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
-        raise UserError(f"the launcher asked for FSDP, but it is not active on {accelerator.device} ({kind})")
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP version 1 is not supported; one process, DDP and FSDP2 are: see loop/launch/")
+        wrong = f"the launcher asked for FSDP, but it is not active on {accelerator.device} ({kind})"
+    elif kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        wrong = "FSDP version 1 is not supported; one process, DDP and FSDP2 are: see loop/launch/"
+    if wrong:
+        accelerator.wait_for_everyone()  # a rank that still connects would end with a traceback
+        raise UserError(wrong)
     if device.type == "cpu" and (threads := num_threads()):
         torch.set_num_threads(threads)
     if accelerator.is_fsdp2 and config.mixed_precision == "bf16":
