@@ -24,7 +24,8 @@ def main() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--resume"])
     if done.returncode:
         raise SystemExit(done.returncode)
-    print(table(folder))
+    if any("train/loss" in row for row in read_lines(folder / "metrics.jsonl")):
+        print(table(folder))
 
 
 def table(folder: Path) -> str:

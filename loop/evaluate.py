@@ -57,9 +57,8 @@ def evaluate(
             each(index, losses)
     finally:
         model.train(was_training)
-    totals = [
-        total(column) for column in zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)
-    ]  # all ranks
+    columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
+    totals = [total(column) for column in columns]
     (think_loss, answer_loss, *_), correct, count = totals[:4], totals[4:8], totals[8:]
     return EvalMetrics(
         mean(think_loss + answer_loss, count[0] + count[1]),

@@ -103,7 +103,7 @@ class HeadLoss(torch.autograd.Function):
             logits = rows @ half_weight.T if kept is None else kept
             for block in blocks(logits, sums, scales, size=block_size(logits, ctx.compiled)):
                 (compiled_scaled_softmax_ if ctx.compiled else scaled_softmax_)(*block)
-            # (scatter_ would do the same, by way of a copy in fp32 on a CPU)
+            # scatter_ would copy all logits to fp32 on a CPU.
             logits[torch.arange(len(ids), device=ids.device), ids] = of_ids
             grad_rows.copy_(logits @ half_weight)
             if grad_weight is not None:
@@ -129,9 +129,9 @@ compiled_cross_entropy = torch.compile(cross_entropy, dynamic=True)
 compiled_scaled_softmax_ = torch.compile(scaled_softmax_, dynamic=True)
 
 
-def compiles(dtype: torch.dtype) -> bool:
-    """Whether the compiler works on this CPU; if so, the graphs of both functions are there, for all shapes."""
-    logits, ids = torch.zeros(3, 5, dtype=dtype), torch.zeros(3, dtype=torch.long)
+def compiles() -> bool:
+    """Whether the compiler works on this CPU; if so, it has compiled both functions for logits in bf16."""
+    logits, ids = torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.long)
     try:
         with torch.no_grad():
             compiled_scaled_softmax_(logits, compiled_cross_entropy(logits, ids), torch.ones(3))

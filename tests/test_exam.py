@@ -10,7 +10,7 @@ from conftest import REAL, ROOT
 from transformers import AutoModelForCausalLM
 
 from data.template import generation_prompt
-from tools.exam import LETTERS, Score, letter_likelihoods, mcnemar, read_exam, scores_of, take
+from tools.exam import LETTERS, Score, letter_likelihoods, mcnemar, read_exam, read_question, scores_of, take
 
 ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
 CMMLU = "\n".join([",Question,A,B,C,D,Answer", *ROWS]) + "\n"
@@ -61,6 +61,8 @@ def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "no question with choices and one right letter" in done.stderr
     assert "Traceback" not in done.stderr
+    for options in (3, None, "no letters", [], {}):
+        assert read_question({"question": "?", "options": options, "answer": "A"}, "a") is None
 
 
 def test_likelihoods_are_those_of_transformers(small_folder, tmp_path):

@@ -73,7 +73,7 @@ def test_auto_compiles_where_it_can_and_pays(monkeypatch):
         monkeypatch.setattr(loop.resolve, "which", lambda name: name if name in compilers else None)
         return loop.resolve.what_to_compile(TrainConfig(**changes), device, tokens, vocabulary)
 
-    monkeypatch.setattr(loop.resolve, "compiles", lambda dtype: True)
+    monkeypatch.setattr(loop.resolve, "compiles", lambda: True)
     assert compiled() == "on" and compiled(device=CPU) == "loss"
     assert compiled(tokens=100_000) == "off" and compiled(tokens=100_000, device=CPU, vocabulary=2048) == "off"
     for device in (CARD, CPU):
@@ -81,8 +81,9 @@ def test_auto_compiles_where_it_can_and_pays(monkeypatch):
         assert compiled(device=device, compile="off") == "off" and compiled(device=device, compile="on") == "on"
         with pytest.raises(UserError, match="compiler; install"):
             compiled(device=device, compile="on", compilers=())
-    monkeypatch.setattr(loop.resolve, "compiles", lambda dtype: False)  # a compiler without headers, say
+    monkeypatch.setattr(loop.resolve, "compiles", lambda: False)  # a compiler without headers, say
     assert compiled(device=CPU) == "off"
+    assert compiled(device=CPU, dry_run=True) == "loss"  # which compiles nothing
 
 
 # In fp32 what autograd keeps can be counted; under autocast temporaries of the CPU kernels come and go.

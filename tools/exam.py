@@ -73,8 +73,8 @@ def read_exam(names: list[str]) -> tuple[list[Question], int]:
     for name in names:
         source, before = find_source(name), len(questions)
         for path in source.files:
-            for location, columns in read_file(path, path.name, source.part, []):
-                question = read_question(columns, path.stem, location) if isinstance(columns, dict) else None
+            for _, columns in read_file(path, path.name, source.part, []):
+                question = read_question(columns, path.stem) if isinstance(columns, dict) else None
                 if question:
                     questions.append(question)
                 else:
@@ -87,7 +87,7 @@ def read_exam(names: list[str]) -> tuple[list[Question], int]:
     return questions, left_out
 
 
-def read_question(columns: dict, stem: str, location: str) -> Question | None:
+def read_question(columns: dict, stem: str) -> Question | None:
     """None if it has no text, fewer than two choices, or not exactly one right one."""
     cells = {str(name).strip().lower(): value for name, value in columns.items() if value is not None}
     choices = choices_of(cells)
@@ -110,6 +110,8 @@ def choices_of(cells: dict) -> dict[str, str]:
     elif isinstance(options, list):
         pairs = [(o.get("key", o.get("label")), o.get("value", o.get("text"))) for o in options if isinstance(o, dict)]
         options = dict(pairs) if pairs else dict(zip(LETTERS, options, strict=False))
+    if not isinstance(options, dict):
+        return {}
     return {str(letter).strip().upper(): str(text).strip() for letter, text in options.items() if str(text).strip()}
 
 
@@ -154,7 +156,8 @@ def take(name: str, questions: list[Question], think: bool, max_new_tokens: int,
 
 
 def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
-    """The exact two-sided p of McNemar's test: of the questions that one alone answered right, as uneven a share."""
+    """The exact two-sided p of McNemar's test: how likely it is that the questions which only one of two equal models
+    answered right are shared out at least as unevenly."""
     better = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     worse = sum(b and not a for a, b in zip(ours, theirs, strict=True))
     tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
@@ -196,10 +199,12 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest thinking")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error("--max-new-tokens is at least 1")
     disable_progress_bar()
     try:
         questions, left_out = read_exam(args.exam)
-        print(f"{len(questions):,} questions" + (f"; {left_out:,} without one right letter left out" * bool(left_out)))
+        print(f"{len(questions):,} questions; {left_out:,} without choices or one right letter left out")
         device = Accelerator().device
         right = [take(model, questions, args.think, args.max_new_tokens, device) for model in args.models]
         results = [scores_of(questions, answers) for answers in right]
