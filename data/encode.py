@@ -51,13 +51,7 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
     the end token. Thinking-free turns have an empty block in their prompt. Raises UserError
     if overlong is `error` and a turn has more than max_length tokens.
     """
-    turns = [
-        (row.location, row.messages[: index + 1])
-        for row in rows
-        for index, message in enumerate(row.messages)
-        if message["role"] == "assistant" and message.get("loss", True)
-    ]
-    examples, problems = [], []
+    turns, examples, problems = turns_of(rows), [], []
     for (location, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):
         if len(example) > max_length:
             problem = f"has {len(example)} tokens, more than max_length {max_length}"
@@ -76,6 +70,16 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
             "Raise --max-length or choose --overlong truncate or drop"
         )
     return examples, problems
+
+
+def turns_of(rows: Iterable[Row]) -> list[tuple[str, list[dict]]]:
+    """(location, messages up to it) of each assistant turn that is trained."""
+    return [
+        (row.location, row.messages[: index + 1])
+        for row in rows
+        for index, message in enumerate(row.messages)
+        if message["role"] == "assistant" and message.get("loss", True)
+    ]
 
 
 def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:

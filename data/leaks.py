@@ -33,7 +33,7 @@ def question_key(text: str) -> str:
 
 
 class Exam:
-    """The questions of --exclude: a whole question, a line of one, or a part of one that is long enough to tell."""
+    """The questions of --exclude and --exam: a whole question, a line of one, or a part that is long enough to tell."""
 
     def __init__(self, files: Iterable[str], given: Given = ()):
         self.whole: set[str] = set()
@@ -76,7 +76,8 @@ def read_questions(name: str, given: Given) -> Iterator[str]:
                     raise ValueError(columns if isinstance(columns, str) else "is not an object")
                 yield from questions_of(Columns(columns, given))
             except ValueError as reason:
-                raise UserError(f"--exclude {name}: {location} {reason}; --columns question=COLUMN names it") from None
+                text = f"{name}, whose questions must not be trained on: {location} {reason}"
+                raise UserError(f"{text}; --columns question=COLUMN names it") from None
 
 
 def questions_of(row: Columns) -> Iterator[str]:

@@ -26,7 +26,7 @@ def report_table(report: dict, dry_run: bool = False) -> str:
     if report["test_rows"]:
         lines.append(f"{report['test_rows']:,} rows kept for a test, in data/test.jsonl")
     if report["excluded"]:
-        lines.append(f"{report['excluded']:,} rows left out, because --exclude holds their question")
+        lines.append(f"{report['excluded']:,} rows left out, because --exclude or --exam holds their question")
     lines += [
         f"  {problem['location']} {problem['problem']}: {problem['action']}" for problem in report["problems"][:5]
     ]

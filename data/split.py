@@ -54,7 +54,7 @@ def load_split(config) -> Split:
         sets.append(about)
     check_columns(given, sets)
 
-    exam = Exam(config.exclude, given)
+    exam = Exam([*config.exclude, *config.exam], given)
     # A held-out side keeps a shared question: the evaluation stays what the split says it is.
     held = HeldOut(exam)
     test = held.without(without_repeats(parts["test"], problems), "test", problems)
@@ -135,7 +135,7 @@ class HeldOut:
             if shared:
                 problem, action = f"its question is also {shared}", f"removed from {side}"
             elif self.exam.holds(row.asked):
-                problem, action = "its question is in a file of --exclude", "excluded"
+                problem, action = "its question is in a file of --exclude or --exam", "excluded"
             else:
                 kept.append(row)
                 continue

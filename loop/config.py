@@ -96,6 +96,15 @@ class TrainConfig:
     eval_steps: int = 100
     # Rows in one evaluation micro-batch on each process; the loss does not depend on it.
     per_device_eval_batch_size: int = may_change(1)
+    # At each evaluation also the answers' loss without thinking and with another row's: does the thinking help? Up to
+    # twice an evaluation's time more.
+    think_probe: bool = may_change(False)
+    # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam) to answer at evaluations, by the likelihood of the letter
+    # after no thinking. Rows with one of their questions are not trained on.
+    exam: tuple[str, ...] = may_change(())
+    # Answer them every N steps, a multiple of eval_steps (and before the first and after the last one); 0: at each
+    # evaluation.
+    exam_steps: int = may_change(0)
     # Stop after N evaluations in a row without a better loss; 0 never stops early.
     early_stopping_patience: int = may_change(3)
     # An evaluation counts as better only by more than this.
@@ -142,7 +151,7 @@ class TrainConfig:
         at_least = {
             -1: "micro_batch_tokens",
             0: "early_stopping_patience early_stopping_min_delta lora_rank num_samples think_weight answer_weight "
-            "learning_rate weight_decay max_grad_norm seed max_time sample_budget",
+            "learning_rate weight_decay max_grad_norm seed max_time sample_budget exam_steps",
             1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps "
             "logging_steps save_steps sample_max_new_tokens",
             2: "save_total_limit",
@@ -154,6 +163,8 @@ class TrainConfig:
                     raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32 (4,294,967,296), not {self.seed}")
+        if self.exam_steps % self.eval_steps:
+            raise ValueError(f"exam_steps must be a multiple of eval_steps {self.eval_steps}, not {self.exam_steps}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if not 0 <= self.test_fraction < 1 - (0 if self.val_dataset else self.val_fraction):

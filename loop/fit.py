@@ -12,9 +12,9 @@ from loop.checkpoint_writer import CheckpointWriter
 from loop.config import TrainConfig
 from loop.console import say
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
-from loop.evaluate import LossOfGroups, evaluate
 from loop.interrupt import Interrupt, Stopped
 from loop.memory import PROFILES
+from loop.probes import Evaluation
 from loop.resolve import resolve
 from loop.run import Run
 from loop.step_file import check_groups, load_step_file
@@ -36,6 +36,7 @@ def fit(config: TrainConfig) -> bool:
     outline = make_outline(config, data.tokenizer)
     config, plan = resolve(config, data, outline, accelerator)
     about = {"num_parameters": outline.num_parameters(), "optimizers": check_groups(method, outline, config, device)}
+    evaluation = Evaluation(data, config, accelerator)
     if config.dry_run:
         return False
     run = Run(config, data, plan, method, about, accelerator)
@@ -50,7 +51,6 @@ def fit(config: TrainConfig) -> bool:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(f"resumed from {run.checkpoint}")
     start, root = (state.step, state.last_eval), run.folder / "checkpoints"
-    eval_batches, groups = data.eval_batches(config), LossOfGroups(data.eval_labels(config))
     with run, Interrupt(run.folder, config.max_time) as interrupt:
         with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
             while True:
@@ -58,8 +58,8 @@ def fit(config: TrainConfig) -> bool:
                 if run.due(config.eval_steps) and state.last_eval != state.step:
                     check_ranks_agree(model, root)
                     with suppress(Stopped), method.evaluated_weights(model, optimizers):
-                        metrics = evaluate(model, eval_batches, accelerator, interrupt.check, groups.add)
-                        run.evaluated(metrics, groups.means(), model, interrupt)
+                        metrics, more = evaluation(model, state.step, interrupt.check)
+                        run.evaluated(metrics, more, model, interrupt)
                     reshard(model)
 
                 # --- checkpoint, stop ---

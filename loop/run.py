@@ -118,9 +118,9 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
 
-    def evaluated(self, metrics: EvalMetrics, groups: dict[str, float], model, interrupt: Interrupt) -> None:
-        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. groups: the
-        loss of each set and group of rows.
+    def evaluated(self, metrics: EvalMetrics, more: dict[str, float], model, interrupt: Interrupt) -> None:
+        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. more: what
+        else was measured.
 
         Raises Stopped if the run is asked to stop while the model answers: everything is then as it was. Raises
         UserError if no export can be made.
@@ -145,8 +145,7 @@ class Run:
         )
         row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-        row |= {f"eval/loss/{label}": loss for label, loss in groups.items()}
-        self.tracker.log(row | rates, state.step)
+        self.tracker.log(row | more | rates, state.step)
         self.progress.resume()
 
     def export(self, metrics: EvalMetrics, model) -> None:

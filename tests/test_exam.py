@@ -9,8 +9,11 @@ import torch
 from conftest import REAL, ROOT
 from transformers import AutoModelForCausalLM
 
-from data.template import generation_prompt
-from tools.exam import LETTERS, Score, letter_likelihoods, mcnemar, read_exam, read_question, scores_of, take
+from data.exam import LETTERS, exam_prompts, exam_rows, read_exam, read_question
+from loop.probes import letter_likelihoods
+from model.loss import SFTModel
+from model.qwen3 import load_model, load_tokenizer
+from tools.exam import Score, mcnemar, scores_of, take
 
 ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
 CMMLU = "\n".join([",Question,A,B,C,D,Answer", *ROWS]) + "\n"
@@ -65,29 +68,27 @@ def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
         assert read_question({"question": "?", "options": options, "answer": "A"}, "a") is None
 
 
-def test_likelihoods_are_those_of_transformers(small_folder, tmp_path):
+def test_likelihoods_are_those_of_transformers(small_folder, accelerator, tmp_path):
     """Packed, against one prompt at a time; and the answers that follow from them."""
     (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
     questions, _ = read_exam([str(tmp_path / "a.csv")])
-    from model.qwen3 import load_model, load_tokenizer
-
     own = load_tokenizer(str(small_folder))
-    model = load_model(str(small_folder), own, gradient_checkpointing=False).eval()
+    model = SFTModel(load_model(str(small_folder), own, gradient_checkpointing=False), 1024).eval()
     plain = AutoModelForCausalLM.from_pretrained(small_folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    dialogues = [[{"role": "user", "content": question.asked}] for question in questions]
-    prompts = [generation_prompt(dialogue, own, thinking=False) for dialogue in dialogues]
+    prompts = exam_prompts(questions, own, "")
     assert all(prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts)
-    found = letter_likelihoods(model, own, prompts, torch.device("cpu"))
+    rows = exam_rows(prompts, own)
+    found = letter_likelihoods(model, rows, own, accelerator, {"batch_size": 1, "micro_batch_tokens": 512})
     ids = own.convert_tokens_to_ids(list(LETTERS))
     expected = []
     for prompt in prompts:
         logits = plain(torch.tensor([own(prompt, add_special_tokens=False)["input_ids"]])).logits[0, -1]
         expected.append(logits.log_softmax(-1)[ids].tolist())
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    right = take(str(small_folder), questions, think=False, max_new_tokens=4, device=torch.device("cpu"))
+    right = take(str(small_folder), questions, think=False, max_new_tokens=4, accelerator=accelerator)
     best = [max(range(4), key=values.__getitem__) for values in expected]
     assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
-    assert len(take(str(small_folder), questions, think=True, max_new_tokens=4, device=torch.device("cpu"))) == 2
+    assert len(take(str(small_folder), questions, think=True, max_new_tokens=4, accelerator=accelerator)) == 2
 
 
 def test_figures_are_those_of_their_formulas(tmp_path):

@@ -10,45 +10,26 @@ is worth no more than a guess. Files are CSV or JSON with the columns of CMMLU, 
 import argparse
 import json
 import math
-import random
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from data.batches import collate, pack
-from data.encode import Example, token_ids
 from data.errors import UserError
-from data.read import read_file
-from data.source import find_source
-from data.template import CLOSE, OPEN, generation_prompt, opens_block
+from data.exam import Question, exam_prompts, exam_rows, read_exam
+from data.template import CLOSE, OPEN, opens_block
 from loop.console import prepare_terminal
-from loop.distributed import to_device
 from loop.files import write_text
+from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
 from model.generate import fast_dtype, load_for_generation, reply_to
+from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
 
-LETTERS = "ABCDEFGH"
-ASK = "请直接给出正确选项的字母。"
 TOKENS = 2048  # laid end to end in one forward
-
-
-class Question(NamedTuple):
-    subject: str
-    text: str
-    choices: tuple[str, ...]  # in the order in which they are asked
-    correct: int  # index of the right one
-
-    @property
-    def asked(self) -> str:
-        choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
-        return "\n".join([self.text, *choices, ASK])
 
 
 class Score(NamedTuple):
@@ -67,92 +48,30 @@ class Score(NamedTuple):
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def read_exam(names: list[str]) -> tuple[list[Question], int]:
-    """The questions with one right choice, and how many were left out. Raises UserError if a file has none."""
-    questions, left_out = [], 0
-    for name in names:
-        source, before = find_source(name), len(questions)
-        for path in source.files:
-            for _, columns in read_file(path, path.name, source.part, []):
-                question = read_question(columns, path.stem) if isinstance(columns, dict) else None
-                if question:
-                    questions.append(question)
-                else:
-                    left_out += 1
-        if len(questions) == before:
-            raise UserError(
-                f"{name} has no question with choices and one right letter; columns of CMMLU, C-Eval, CMB and CMExam "
-                "are known: question, A to D or option, answer"
-            )
-    return questions, left_out
-
-
-def read_question(columns: dict, stem: str) -> Question | None:
-    """None if it has no text, fewer than two choices, or not exactly one right one."""
-    cells = {str(name).strip().lower(): value for name, value in columns.items() if value is not None}
-    choices = choices_of(cells)
-    letter = str(cells.get("answer", "")).strip().upper()
-    text = str(cells.get("question", "")).strip()
-    if not text or len(choices) < 2 or letter not in choices:
-        return None
-    order = sorted(choices)
-    random.Random(f"{text}{order}").shuffle(order)
-    subject = next((str(cells[name]) for name in ("subject", "exam_subject", "exam_class") if cells.get(name)), stem)
-    return Question(subject, text, tuple(choices[name] for name in order), order.index(letter))
-
-
-def choices_of(cells: dict) -> dict[str, str]:
-    """letter -> text, from columns of their own, an object, pairs, or lines that begin with the letter."""
-    own = {letter: str(cells[letter.lower()]).strip() for letter in LETTERS if letter.lower() in cells}
-    options = cells.get("option", cells.get("options", cells.get("choices", own)))
-    if isinstance(options, str):
-        options = dict(re.findall(r"^\s*([A-H])[\s.、．:：)）]\s*(.*?)\s*$", options, re.MULTILINE))
-    elif isinstance(options, list):
-        pairs = [(o.get("key", o.get("label")), o.get("value", o.get("text"))) for o in options if isinstance(o, dict)]
-        options = dict(pairs) if pairs else dict(zip(LETTERS, options, strict=False))
-    if not isinstance(options, dict):
-        return {}
-    return {str(letter).strip().upper(): str(text).strip() for letter, text in options.items() if str(text).strip()}
-
-
-@torch.no_grad()
-def letter_likelihoods(causal_lm, tokenizer, prompts: list[str], device: torch.device) -> list[list[float]]:
-    """Of each prompt the log-likelihood of each letter as the next token. Prompts are laid end to end."""
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS]
-    rows = [
-        Example(torch.tensor(ids), len(ids), len(ids), str(i)) for i, ids in enumerate(token_ids(prompts, tokenizer))
-    ]
-    found: dict[str, list[float]] = {}
-    for group in pack(rows, 1, TOKENS):
-        inputs = to_device(collate(group).inputs, device)
-        names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
-        hidden = causal_lm.model(**{name: inputs[name] for name in names}, use_cache=False).last_hidden_state[0]
-        logits = causal_lm.lm_head(hidden[inputs["cu_seqlens"][1:].long() - 1]).float()
-        values = logits.log_softmax(-1)[:, letters].tolist()
-        found |= {row.location: value for row, value in zip(group, values, strict=True)}
-    return [found[row.location] for row in rows]
-
-
-def take(name: str, questions: list[Question], think: bool, max_new_tokens: int, device: torch.device) -> list[bool]:
-    """Which questions a model answers right."""
+def take(
+    name: str,
+    questions: list[Question],
+    think: bool,
+    max_new_tokens: int,
+    accelerator: Accelerator,
+    system_prompt: str | None = None,
+) -> list[bool]:
+    """Which questions a model answers right. system_prompt: instead of the one that it was trained with."""
     tokenizer = load_tokenizer(name)
-    system = system_prompt_of(find_model(name))
-    opening = [{"role": "system", "content": system}] if system else []
-    dialogues = [[*opening, {"role": "user", "content": question.asked}] for question in questions]
-    prompts = [generation_prompt(dialogue, tokenizer, thinking=think) for dialogue in dialogues]
+    system_prompt = system_prompt_of(find_model(name)) if system_prompt is None else system_prompt
+    prompts = exam_prompts(questions, tokenizer, system_prompt, think)
     if think:
-        causal_lm, _ = load_for_generation(name, device)
+        causal_lm, _ = load_for_generation(name, accelerator.device)
         replies = reply_to(causal_lm, tokenizer, prompts, max_new_tokens)
         prompts = [
             prompt + ("" if opens_block(prompt) else OPEN) + reply.think + CLOSE
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
-    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(device)).to(device).eval()
-    likelihoods = letter_likelihoods(causal_lm, tokenizer, prompts, device)
-    return [
-        max(range(len(question.choices)), key=values.__getitem__) == question.correct
-        for question, values in zip(questions, likelihoods, strict=True)
-    ]
+    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
+    model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
+    packing = {"batch_size": 1, "micro_batch_tokens": TOKENS}
+    rows = exam_rows(prompts, tokenizer)
+    return is_right(questions, letter_likelihoods(model, rows, tokenizer, accelerator, packing))
 
 
 def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
@@ -167,10 +86,10 @@ def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
 def scores_of(questions: list[Question], right: list[bool]) -> dict[str, Score]:
     """Of each subject, and of all."""
     scores = {}
-    for question, is_right in zip(questions, right, strict=True):
+    for question, is_one in zip(questions, right, strict=True):
         for subject in (question.subject, "all"):
             score = scores.get(subject, Score(0, 0))
-            scores[subject] = Score(score.right + is_right, score.number + 1)
+            scores[subject] = Score(score.right + is_one, score.number + 1)
     return {subject: scores[subject] for subject in [*sorted(scores.keys() - {"all"}), "all"]}
 
 
@@ -204,9 +123,10 @@ def main() -> None:
     disable_progress_bar()
     try:
         questions, left_out = read_exam(args.exam)
-        print(f"{len(questions):,} questions; {left_out:,} without choices or one right letter left out")
-        device = Accelerator().device
-        right = [take(model, questions, args.think, args.max_new_tokens, device) for model in args.models]
+        why = "for want of choices or of one right letter, or because they need a picture"
+        print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {why}" if left_out else ""))
+        accelerator = Accelerator()
+        right = [take(model, questions, args.think, args.max_new_tokens, accelerator) for model in args.models]
         results = [scores_of(questions, answers) for answers in right]
         p = mcnemar(*right) if len(right) == 2 else None
         show(args.models, results, p)
