@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.feedback import take_feedback
 from data.formats import COLUMNS, NAMES, Ambiguous, Given, candidates, normal, read_row
 from data.leaks import question_key
 from data.read import read_file
@@ -65,6 +66,8 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     labels.update(f"file {name}" for name in names)
     for path, name in zip(source.files, names, strict=True):
         read += ((place, as_columns(row)) for place, row in read_file(path, name, source.part, notes))
+    read, said = take_feedback(read, config.train_liked)
+    notes += said
     random.Random(config.seed).shuffle(read)
     if source.amount:
         read = read[: amount_of(source, len(read), notes)]

@@ -36,6 +36,8 @@ class TrainConfig:
     test_fraction: float = may_change(0.0)
     # Files of questions, such as an exam, that must not be trained on: rows with one of them are left out.
     exclude: tuple[str, ...] = may_change(())
+    # Train the answers that a file of feedback likes, too; corrections always are.
+    train_liked: bool = may_change(False)
     # A column, such as department: an evaluation loss of its own for each of its values.
     group_by: str = may_change("")
 

@@ -35,7 +35,7 @@ def fit(config: TrainConfig) -> bool:
     data = read_data(config, accelerator)
     outline = make_outline(config, data.tokenizer)
     config, plan = resolve(config, data, outline, accelerator)
-    about = {"num_parameters": outline.num_parameters(), "optimizers": check_groups(method, outline, config, device)}
+    about = about_model(outline) | {"optimizers": check_groups(method, outline, config, device)}
     evaluation = Evaluation(data, config, accelerator)
     if config.dry_run:
         return False
@@ -101,6 +101,11 @@ def make_outline(config: TrainConfig, tokenizer):
     if config.lora_rank:
         add_lora(outline, config.lora_rank, config.model)
     return outline
+
+
+def about_model(outline) -> dict:
+    trainable = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
+    return {"num_parameters": outline.num_parameters(), "num_trainable_parameters": trainable}
 
 
 def build_model(config: TrainConfig, tokenizer, accelerator: Accelerator) -> SFTModel:

@@ -65,15 +65,21 @@ def num_threads() -> int | None:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def resume_command() -> str:
-    """The command of this launch with --resume at its end, to be typed in the folder where it was."""
+def launch_command() -> str:
+    """The command of this launch, to be typed in the folder where it was."""
     command = ["python", *sys.argv]
     if is_launched():
         command = ["accelerate", "launch", *sys.argv]
         with contextlib.suppress(OSError, ValueError):  # with the launcher's own flags, where the system tells them
             words = [os.fsdecode(word) for word in Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")]
             command[2 : -len(sys.argv)] = words[words.index("launch") + 1 : words.index(sys.argv[0])]
-    return shlex.join([word for word in command if word not in ("--resume", "--no-resume")] + ["--resume"])
+    return shlex.join(command)
+
+
+def resume_command() -> str:
+    """The same with --resume at its end."""
+    words = shlex.split(launch_command())
+    return shlex.join([word for word in words if word not in ("--resume", "--no-resume")] + ["--resume"])
 
 
 def chat_command(model: Path) -> str:

@@ -37,7 +37,7 @@ class Evaluation:
             more |= self.probe.losses(model, self.accelerator, check)
         exam_steps = self.config.exam_steps or self.config.eval_steps
         if self.exam and (step % exam_steps == 0 or step == self.config.max_steps):
-            more["exam/accuracy"] = self.exam.accuracy(model, self.accelerator, check)
+            more |= self.exam.accuracy(model, self.accelerator, check)
         return metrics, more
 
 
@@ -114,10 +114,10 @@ class LetterExam:
         self.rows = exam_rows(exam_prompts(self.questions, data.tokenizer, config.system_prompt), data.tokenizer)
         self.packing = data.packing(config, config.per_device_eval_batch_size)
 
-    def accuracy(self, model, accelerator: Accelerator, check: Callable[[], None]) -> float:
+    def accuracy(self, model, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
         found = letter_likelihoods(model, self.rows, self.tokenizer, accelerator, self.packing, check)
         right = is_right(self.questions, found)
-        return sum(right) / len(right)
+        return {"exam/accuracy": sum(right) / len(right), "exam/questions": len(right)}
 
 
 def letter_likelihoods(

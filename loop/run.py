@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from loop.environment import return_freed_memory
 from loop.evaluate import EvalMetrics
 from loop.files import write_json, write_lines
 from loop.interrupt import Interrupt, Stopped
-from loop.launcher import resume_command
+from loop.launcher import launch_command, resume_command
 from loop.memory import GIB, PROFILES, Plan
 from loop.progress import Progress
 from loop.run_folder import (
@@ -30,8 +32,10 @@ from loop.run_folder import (
     find_start,
     is_over,
     is_trained,
+    launches_of,
     read_run,
     read_status,
+    utc,
     write_status,
 )
 from loop.samples import Samples
@@ -64,14 +68,16 @@ class Run:
             "world_size": accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
-        self.checkpoint, self.state, self.info["step_files"] = on_main_process(self.open)
+        self.checkpoint, self.state, more = on_main_process(self.open)
+        self.info |= more
 
-    def open(self) -> tuple[Path | None, TrainState, list[dict]]:
-        """The checkpoint to go on from, its state, and the step files so far. Main process alone."""
+    def open(self) -> tuple[Path | None, TrainState, dict]:
+        """The checkpoint to go on from, its state, and the step files and launches so far. Main process alone."""
         check_same_run(self.folder, self.info)
         checkpoint, state = find_start(self.config)
         before = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
-        return checkpoint, state, record(self.folder, self.step_file, self.launch["optimizers"], before, state.step)
+        step_files = record(self.folder, self.step_file, self.launch["optimizers"], before, state.step)
+        return checkpoint, state, {"step_files": step_files, "launches": launches_of(self.folder, launch_command())}
 
     @property
     def has_same_optimizers(self) -> bool:
@@ -95,7 +101,8 @@ class Run:
         if is_main_process():
             # As the run began; what a later launch may change stays out of it.
             begun = read_run(self.folder) if is_trained(self.folder) else self.info
-            write_json(self.folder / "run.json", begun | {"step_files": self.info["step_files"]})
+            self.begun = begun | {name: self.info[name] for name in ("step_files", "launches")}
+            write_json(self.folder / "run.json", self.begun)
             (self.folder / "data").mkdir(exist_ok=True)
             for name, lines in split_files(self.data.split).items():
                 write_lines(self.folder / "data" / name, lines)
@@ -108,6 +115,10 @@ class Run:
 
     def __exit__(self, kind, error, _) -> None:
         self.progress.bar.close()
+        if is_main_process():
+            self.begun["launches"][-1]["ended"] = utc(time.time())
+            with suppress(OSError):  # a full disk must not hide how the run ended
+                write_json(self.folder / "run.json", self.begun)
         if error is not None:
             self.report(getattr(error, "status", "failed"), error=f"{kind.__name__}: {error}")
             self.tracker.finish("crashed", f"{kind.__name__}: {error}")

@@ -10,7 +10,9 @@ import dataclasses
 import json
 import os
 import shlex
+import time
 import uuid
+from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,7 +26,10 @@ from loop.state import TrainState, read_state
 from model.export import restore_export
 
 # Settings that another launch may change, and what is recorded apart from them.
-FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")} | {"step_files"}
+FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")} | {
+    "step_files",
+    "launches",
+}
 FINISHED = ("completed", "early_stopped")
 TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
@@ -152,6 +157,23 @@ def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
             f"--gradient-accumulation-steps, so that their product is {was['rows_per_step']}"
         )
     return dataclasses.replace(config, gradient_accumulation_steps=steps)
+
+
+def launches_of(output_dir: Path, command: str) -> list[dict]:
+    """Those in run.json, and the one that begins now: its command, when it began and when it ended, in UTC. A killed
+    one ended when its last row was written."""
+    before = read_run(output_dir).get("launches", []) if is_trained(output_dir) else []
+    if before and "ended" not in before[-1] and (output_dir / "metrics.jsonl").exists():
+        before[-1]["ended"] = utc(max(seconds_of(before[-1]["began"]), (output_dir / "metrics.jsonl").stat().st_mtime))
+    return [*before, {"command": command, "began": utc(time.time())}]
+
+
+def utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+
+
+def seconds_of(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
 
 
 def read_run(output_dir: Path) -> dict:

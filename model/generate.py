@@ -40,6 +40,14 @@ def format_rates(replies: list[Reply]) -> dict[str, float]:
     return {name: count / len(replies) for name, count in counts.items()}
 
 
+def sampling_keywords(**given) -> dict:
+    """Keywords of `generate` from temperature (0 is greedy), top_p and top_k; what is None is the model's own."""
+    if given.get("temperature") == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
 def emulates_bf16(device: torch.device) -> bool:
     """Whether it is a CPU on which bf16 is slower than fp32 (6 to 12 times, with AVX2)."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")

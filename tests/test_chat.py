@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from ranks import run
+from runs import newest
 
 from model.export import card, system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
@@ -329,46 +330,64 @@ def test_history_as_a_browser_and_as_a_client_send_it():
 
 
 @pytest.fixture
-def page(best):
-    """The chat's page in a headless Chromium."""
+def open_page(best):
+    """Opens the chat's page in a headless Chromium; arguments are those of tools.chat."""
     pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium")
-    port = free_port()
-    command = [sys.executable, "-m", "tools.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
-    proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # leads nowhere
-    server = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **proxy}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
+    port, servers = free_port(), []
+
+    def open_one(*args):
+        command = [sys.executable, "-m", "tools.chat", str(best), "--web", "--temperature", "0", "--port", str(port)]
+        proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # leads nowhere
+        server = subprocess.Popen(
+            [*command, *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, **proxy},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        servers.append(server)
         end = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert server.poll() is None and time.monotonic() < end, server.stderr.read()
             time.sleep(0.2)
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.requested = []
-            page.on("request", lambda request: page.requested.append(request.url))
-            page.goto(f"http://127.0.0.1:{port}")
-            yield page
-            browser.close()
-    finally:
+        page = browser.new_page(locale="zh-CN")
+        page.requested = []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.goto(f"http://127.0.0.1:{port}")
+        return page
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield open_one
+        browser.close()
+    for server in servers:
         server.send_signal(signal.SIGINT)
-        server.wait(20)
+        said, _ = server.communicate(timeout=20)
+        assert f"ssh -L {port}:127.0.0.1:{port} HOST" in said and "share" not in said
 
 
-def test_a_dialogue_in_the_browser(page):
+def ask(page, question: str, turn: int = 1) -> None:
+    page.locator("textarea").first.fill(question)
+    page.locator("textarea").first.press("Enter")
+    page.wait_for_function(
+        "([answer, turn]) => document.body.innerText.split(answer).length - 1 === turn", arg=[ANSWER, turn]
+    )
+    page.get_by_role("button", name="发送").wait_for()  # while the model replies there is `stop` in its place
+
+
+def test_a_dialogue_in_the_browser(open_page):
     """A question is typed, the thinking folds, the answer shows, a second turn works; nothing leaves the machine."""
+    page = open_page()
     page.get_by_text("不构成医疗建议").wait_for()
+    for place in (page.get_by_placeholder("请输入您的问题"), page.get_by_text("tiny/best")):
+        place.wait_for()
     for turn, question in enumerate(["第1个问题？", "第2个问题？"], start=1):
-        page.locator("textarea").first.fill(question)
-        page.locator("textarea").first.press("Enter")
-        page.wait_for_function(
-            "([answer, turn]) => document.body.innerText.split(answer).length - 1 === turn", arg=[ANSWER, turn]
-        )
+        ask(page, question, turn)
     page.wait_for_timeout(1000)
     if picture := os.environ.get("SCREENSHOT"):
         page.screenshot(path=picture)
@@ -377,7 +396,86 @@ def test_a_dialogue_in_the_browser(page):
     page.get_by_text("思考").first.click()
     page.wait_for_timeout(500)
     assert page.get_by_text(THINK).first.is_visible()
+    page.get_by_text("设置").click()
+    page.get_by_label("先思考再回答").uncheck()
+    ask(page, "第3个问题？", 3)
+    page.wait_for_timeout(500)
+    assert page.inner_text("body").count("ms)") == 2  # the third reply did not think
+    assert page.get_by_text("评价与更正").count() == 0  # nothing is kept unless a file was named
     assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.requested), page.requested
+
+
+def test_a_correction_in_the_browser_is_trained_and_comes_back(open_page, best, chat, tmp_path):
+    """Ask, dislike, correct, like another reply; train on the file; ask again."""
+    kept, corrected = tmp_path / "feedback.jsonl", "注意休息，多喝水。"
+    dialogues = [json.loads(line).get("messages", []) for line in (best.parent / "data/train.jsonl").open()]
+    question, other = [messages[0]["content"] for messages in dialogues if len(messages) == 2][:2]
+    page = open_page("--feedback", kept)
+    page.get_by_text("会保存在本机的 feedback.jsonl").wait_for()
+    ask(page, question)
+    page.get_by_title("踩").last.click()
+    page.wait_for_function("answer => [...document.querySelectorAll('textarea')].some(t => t.value === answer)",
+                           arg=ANSWER)  # fmt: skip
+    page.get_by_label("更正后的回答").fill(" ")
+    page.get_by_role("button", name="保存更正").click()
+    page.get_by_text("更正后的回答不能为空").wait_for()
+    page.get_by_label("更正后的回答").fill(corrected)
+    page.get_by_label("理由").fill("没有让他量血压")
+    page.get_by_role("button", name="保存更正").click()
+    page.wait_for_timeout(1000)
+    ask(page, other, 2)
+    page.get_by_title("赞").last.click()
+    page.wait_for_timeout(1000)
+    if picture := os.environ.get("SCREENSHOT"):
+        page.screenshot(path=picture)
+    lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert [line["verdict"] for line in lines] == ["dislike", "edit", "like"] and lines[0]["id"] == lines[1]["id"]
+    assert lines[1]["messages"][-2:] == [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": ANSWER, "reasoning_content": THINK},
+    ]
+    assert lines[1]["correction"] == {"content": corrected, "reasoning_content": THINK}
+    assert lines[1]["reason"] == "没有让他量血压" and lines[1]["settings"]["do_sample"] is False
+    sums = subprocess.run(["sha256sum", best / "model.safetensors"], capture_output=True, text=True).stdout
+    assert {line["model_sha256"] for line in lines} == {sums.split()[0]}
+    out = tmp_path / "run"
+    args = ["tiny", "--model", best, "--dataset", kept, "--val-dataset", best.parent / "data/val.jsonl"]
+    args += [
+        "--lr-scheduler-type",
+        "constant",
+        "--max-steps",
+        40,
+        "--eval-steps",
+        40,
+        "--num-samples",
+        0,
+        "--learning-rate",
+        "1e-3",
+        "--output-dir",
+        out,
+    ]
+    done = run(args, log=tmp_path / "log")
+    assert done.codes == [0] and "feedback: 1 corrected answers trained, 1 liked answers not trained" in done.output
+    status, answer, _ = chat(newest_model(out), "--question", question, "--temperature", "0")
+    assert status == 0 and answer.strip() == corrected
+
+
+def newest_model(out):
+    """The weights of the last step as a model: best/ may be an earlier one."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    from model.export import export
+    from model.qwen3 import load_model, load_tokenizer
+
+    folder, checkpoint = out / "last", newest(out)
+    dcp_to_torch_save(checkpoint / "state", out / "state.pt")
+    state = torch.load(out / "state.pt", weights_only=True)["model"]
+    tokenizer = load_tokenizer(str(out / "best"))
+    model = load_model(str(out / "best"), tokenizer, gradient_checkpointing=False)
+    model.load_state_dict({name.removeprefix("causal_lm."): tensor for name, tensor in state.items()})
+    export(model, model.state_dict(), tokenizer, folder, {"README.md": (out / "best/README.md").read_text()})
+    return folder
 
 
 def test_a_port_in_use_is_told(best, chat):

@@ -15,8 +15,9 @@ from data.errors import UserError
 from data.source import SAMPLE
 from tools.compare_models import main as compare
 from tools.compare_models import overlap
-from tools.report import judge, quote, write_report
+from tools.record import judge
 from tools.report import main as report
+from tools.report import quote, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

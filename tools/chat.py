@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -12,9 +13,11 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
+from loop.checkpoint import fingerprints
 from loop.console import prepare_terminal
+from loop.run_folder import read_run
 from model.export import system_prompt_of
-from model.generate import ReplyError, ReplyStream, load_for_generation
+from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
 
 HELP = """\
@@ -46,9 +49,23 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"tools.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
     if args.web:
-        from tools.web import serve
+        from tools.web import Page, serve
 
-        serve(causal_lm, tokenizer, system, not args.nothink, settings, args.port)
+        sha256 = sha256_of(find_model(args.model)) if args.feedback else ""
+        serve(
+            causal_lm,
+            tokenizer,
+            Page(
+                model=name_of(args.model),
+                language=args.language or run_of(args.model).get("language", "zh"),
+                system=system,
+                thinking=not args.nothink,
+                settings=settings,
+                port=args.port,
+                feedback=args.feedback,
+                sha256=sha256,
+            ),
+        )
     elif args.question is not None:
         answer_one(causal_lm, tokenizer, system, not args.nothink, settings, args.question, args.json)
     else:
@@ -63,6 +80,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
     parser.add_argument("--web", action="store_true", help='a page on 127.0.0.1; needs pip install -e ".[web]"')
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--language", choices=("zh", "en"), help="of the page; default: that of the run")
+    parser.add_argument(
+        "--feedback",
+        type=Path,
+        metavar="FILE",
+        help="with --web: keep what is said of the replies in this file, to train on it",
+    )
     parser.add_argument("--system", help="system prompt; default: the one that the model was trained with")
     parser.add_argument("--nothink", action="store_true", help="answer without thinking")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest reply, thinking included")
@@ -70,6 +94,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
     args = parser.parse_args(arguments)
+    if args.feedback and not args.web:
+        parser.error("--feedback needs --web")
+    if args.feedback and (args.feedback.is_dir() or not args.feedback.absolute().parent.is_dir()):
+        parser.error(f"--feedback {args.feedback} must name a file in a folder that exists")
     if args.json and args.question is None:
         parser.error("--json needs --question")
     if args.question is not None and not args.question.strip():
@@ -86,12 +114,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+def run_of(model: str) -> dict:
+    """run.json of the run whose best/ a model is; empty if it is none."""
+    try:
+        return read_run(Path(model).resolve().parent)
+    except UserError:
+        return {}
+
+
+def name_of(model: str) -> str:
+    """To be shown: without the folders above, which are private."""
+    folder, run = Path(model), run_of(model)
+    return f"{run['run_name']}/{folder.resolve().name}" if run else folder.resolve().name if folder.exists() else model
+
+
+def sha256_of(folder: Path) -> str:
+    """Of a model's weights, as sha256sum prints it; of several files that of the lines which it prints."""
+    files = sorted(folder.glob("*.safetensors"))
+    sums = {name: sha256 for name, (_, sha256) in fingerprints(folder, files).items()}
+    if len(sums) == 1:
+        return next(iter(sums.values()))
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode()).hexdigest()
+
+
 def sampling(args: argparse.Namespace) -> dict:
-    """Keywords of `generate` that were asked for; everything else is the model's own."""
-    if args.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k") if getattr(args, name) is not None}
-    return {"do_sample": True, **given} if given else {}
+    return sampling_keywords(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
 
 
 def device() -> torch.device:

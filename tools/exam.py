@@ -16,6 +16,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
@@ -27,7 +28,7 @@ from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
 from model.generate import fast_dtype, load_for_generation, reply_to
 from model.loss import SFTModel
-from model.qwen3 import find_model, load_model, load_tokenizer
+from model.qwen3 import find_model, load_model
 
 TOKENS = 2048  # laid end to end in one forward
 
@@ -57,7 +58,8 @@ def take(
     system_prompt: str | None = None,
 ) -> list[bool]:
     """Which questions a model answers right. system_prompt: instead of the one that it was trained with."""
-    tokenizer = load_tokenizer(name)
+    # Its own: a model that does not think is asked without a block.
+    tokenizer = AutoTokenizer.from_pretrained(find_model(name), local_files_only=True, trust_remote_code=False)
     system_prompt = system_prompt_of(find_model(name)) if system_prompt is None else system_prompt
     prompts = exam_prompts(questions, tokenizer, system_prompt, think)
     if think:

@@ -1,136 +1,232 @@
-"""The curves of report.md, and what they are drawn from."""
+"""The curves of the reports."""
 
+import functools
 from pathlib import Path
-from typing import NamedTuple
 
-# Some of these come with each system; matplotlib has no Chinese font of its own.
+from tools.record import Group, Record
+
+# matplotlib has no Chinese font of its own; these come with systems, best first.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
+CHINESE = {
+    "step": "步", "epoch": "轮", "train": "训练", "eval": "评估", "thinking": "思考", "answer": "回答",
+    "loss, nats per target token": "损失（nat / 目标词元）", "best: step {}, {:.4f}": "最佳：第 {} 步，{:.4f}",
+    "stopped early: step {}": "早停：第 {} 步", "loss by part": "各部分损失", "{}, train": "{}，训练",
+    "{}, eval": "{}，评估", "next-token accuracy (eval)": "下一词元准确率（评估）", "closes": "闭合", "stops": "结束",
+    "form kept (eval)": "格式保持率（评估）", "learning rate": "学习率", "gradient norm": "梯度范数", "tokens/s": "词元/秒",
+    "{} ({} rows)": "{}（{} 条）", "nats": "nat", "learned: fall of the loss until the best step": "学到的：到最佳步为止损失的下降",
+    "lost: rise of the loss from there to the last step": "失去的：此后到最后一步损失的上升",
+    "own thinking": "自己的思考", "no thinking": "不思考", "another row's thinking": "别的样本的思考",
+    "loss of the answer after": "回答的损失，前面是", "exam accuracy": "考试准确率", "no. {}": "第 {} 组",
+}  # fmt: skip
 
 
-class Verdict(NamedTuple):
-    """What the evaluation loss did. kind: overfitting, plateau, falling (the last one is the best), worse (none is
-    better than the one before training), early (there is no other yet), or nonfinite (after the best)."""
+@functools.cache
+def chinese_font() -> str | None:
+    """An installed font with Chinese characters, also one that came after matplotlib listed them."""
+    from matplotlib import font_manager
 
-    kind: str
-    first: dict  # evaluations: rows of metrics.jsonl with an epoch
-    best: dict
-    last: dict  # with a finite loss
-    worse: dict  # the first one after the best
-    rise: float  # of the last over the best, in nats
-    train_fall: float  # of the train loss over the same steps, in nats; NaN if it is not known
-
-
-class Group(NamedTuple):
-    """A set or a group of validation rows, and its evaluation loss before training, at the best step and at the end."""
-
-    name: str
-    rows: int
-    first: float
-    best: float
-    last: float
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in set(font_manager.findSystemFonts()) - listed:
+        try:
+            font_manager.fontManager.addfont(path)
+        except Exception:  # a format that matplotlib does not read
+            continue
+    names = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    known = next((name for name in CHINESE_FONTS if name in names), None)
+    return known or next((name for name, path in names.items() if has_chinese(path)), None)
 
 
-def draw(
-    folder: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None, groups: list[Group]
-) -> None:
-    """loss.png, parts.png, training.png, and groups.png if there are some. Labels are in English: matplotlib has no
-    Chinese font of its own."""
-    import matplotlib
+def has_chinese(path: str) -> bool:
+    from matplotlib.ft2font import FT2Font
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(exist_ok=True)
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    draw_losses(folder / "loss.png", train, evaluations, verdict, status)
-    draw_parts(folder / "parts.png", train, evaluations)
-    draw_training(folder / "training.png", train)
-    if groups:
-        draw_groups(folder / "groups.png", groups)
-    plt.close("all")
+    try:
+        return ord("诊") in FT2Font(path).get_charmap()
+    except Exception:
+        return False
 
 
-def line(axes, rows: list[dict], name: str, label: str, **style) -> None:
-    axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **style)
+class Canvas:
+    """matplotlib with labels in a language, in English if no font has Chinese characters."""
+
+    def __init__(self, language: str):
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+
+        self.plt, self.font = plt, chinese_font()
+        self.chinese = language == "zh" and self.font is not None
+        plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120})
+        plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+        plt.rcParams["font.family"] = ["DejaVu Sans", *([self.font] if self.font else [])]
+
+    def say(self, text: str, *values) -> str:
+        return (CHINESE[text] if self.chinese else text).format(*values)
+
+    def panels(self, number: int, width: float, height: float, **more):
+        figure, panels = self.plt.subplots(1, number, figsize=(width, height), layout="constrained", **more)
+        return figure, panels
+
+    def line(self, axes, rows: list[dict], name: str, label: str, **style) -> None:
+        rows = [row for row in rows if name in row]
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **style)
+
+    def percent(self, axes) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+
+    def save(self, figure, path: Path) -> None:
+        """With one legend under all panels, where it covers no data."""
+        entries = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        if len(entries) > 1:
+            figure.legend(
+                entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, len(entries)), frameon=False
+            )
+        figure.savefig(path)
+        self.plt.close(figure)
 
 
-def draw_losses(path: Path, train: list[dict], evaluations: list[dict], verdict: Verdict, status: str | None) -> None:
-    """Over steps and epochs, the best model marked."""
-    from matplotlib import pyplot as plt
+def draw(folder: Path, record: Record, language: str) -> None:
+    """loss.png, parts.png and training.png; groups.png, think_probe.png and exam.png if there is something to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    canvas = Canvas(language)
+    draw_losses(canvas, folder / "loss.png", record)
+    draw_parts(canvas, folder / "parts.png", record)
+    draw_training(canvas, folder / "training.png", record.train)
+    if record.groups:
+        draw_groups(canvas, folder / "groups.png", record.groups)
+    if any("think_probe/own" in row for row in record.evaluations):
+        draw_think_probe(canvas, folder / "think_probe.png", record)
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    line(axes, train, "train/loss", "train", color="C0", alpha=0.8)
-    line(axes, evaluations, "eval/loss", "eval", color="C1", marker="o")
-    best, last = verdict.best, verdict.last["step"]
-    axes.axvline(best["step"], color="C2", linestyle="--", label=f"best: step {best['step']}, {best['eval/loss']:.4f}")
-    if status == "early_stopped":
-        axes.axvline(last, color="C3", linestyle=":", label=f"stopped early: step {last}")
-    axes.set(xlabel="step", ylabel="loss, nats per target token")
-    if train:
-        per_step = train[-1]["train/epoch"] / train[-1]["step"]
+
+def add_epochs(canvas: Canvas, axes, record: Record) -> None:
+    if record.train:
+        per_step = record.train[-1]["train/epoch"] / record.train[-1]["step"]
         top = axes.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda epoch: epoch / per_step))
-        top.set_xlabel("epoch")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        top.set_xlabel(canvas.say("epoch"))
 
 
-def draw_parts(path: Path, train: list[dict], evaluations: list[dict]) -> None:
-    """Thinking and answer apart: loss, accuracy, and the format of the samples."""
-    from matplotlib import pyplot as plt
+def draw_losses(canvas: Canvas, path: Path, record: Record) -> None:
+    """Over steps and epochs, the best model marked; the exam beside the loss, if there is one."""
+    has_exam = record.has_exam
+    figure, panels = canvas.panels(2 if has_exam else 1, 13 if has_exam else 9, 5, squeeze=False)
+    axes, best = panels[0][0], record.verdict.best
+    canvas.line(axes, record.train, "train/loss", canvas.say("train"), color="C0", alpha=0.8)
+    canvas.line(axes, record.evaluations, "eval/loss", canvas.say("eval"), color="C1", marker="o")
+    label = canvas.say("best: step {}, {:.4f}", best["step"], best["eval/loss"])
+    axes.axvline(best["step"], color="C2", linestyle="--", label=label)
+    if record.status == "early_stopped":
+        last = record.verdict.last["step"]
+        axes.axvline(last, color="C3", linestyle=":", label=canvas.say("stopped early: step {}", last))
+    axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
+    add_epochs(canvas, axes, record)
+    if has_exam:
+        canvas.line(
+            panels[0][1], record.evaluations, "exam/accuracy", canvas.say("exam accuracy"), color="C4", marker="o"
+        )
+        panels[0][1].axvline(best["step"], color="C2", linestyle="--")
+        panels[0][1].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(panels[0][1])
+    canvas.save(figure, path)
 
-    has_rates = any("format/closed" in row for row in evaluations)
-    figure, panels = plt.subplots(1, 3 if has_rates else 2, figsize=(13 if has_rates else 9, 4), layout="constrained")
-    for part, color in (("think", "C0"), ("answer", "C1")):
-        line(panels[0], train, f"train/{part}_loss", f"{part}, train", color=color, alpha=0.4)
-        line(panels[0], evaluations, f"eval/{part}_loss", f"{part}, eval", color=color, marker="o")
-        line(panels[1], evaluations, f"eval/{part}_accuracy", part, color=color, marker="o")
-    panels[0].set(xlabel="step", title="loss by part")
-    panels[1].set(xlabel="step", title="next-token accuracy (eval)")
-    if has_rates:
-        for index, name in enumerate(("closed", "answered", "stopped", "empty_think")):
-            rows = [row for row in evaluations if f"format/{name}" in row]
-            line(panels[2], rows, f"format/{name}", name, color=f"C{index}", marker="os^v"[index], alpha=0.8)
-        panels[2].set(xlabel="step", title="format of the samples", ylim=(-0.05, 1.05))
-    for panel in panels:
-        panel.legend()
-    figure.savefig(path, dpi=120)
+
+def draw_parts(canvas: Canvas, path: Path, record: Record) -> None:
+    """Thinking and answer apart: loss and accuracy; and the form."""
+    has_form = any("eval/close_accuracy" in row for row in record.evaluations)
+    figure, panels = canvas.panels(3 if has_form else 2, 13 if has_form else 9, 4.2)
+    for part, name, color in (("think", "thinking", "C0"), ("answer", "answer", "C1")):
+        name = canvas.say(name)
+        canvas.line(
+            panels[0], record.train, f"train/{part}_loss", canvas.say("{}, train", name), color=color, alpha=0.4
+        )
+        canvas.line(
+            panels[0], record.evaluations, f"eval/{part}_loss", canvas.say("{}, eval", name), color=color, marker="o"
+        )
+        canvas.line(
+            panels[1],
+            record.evaluations,
+            f"eval/{part}_accuracy",
+            canvas.say("{}, eval", name),
+            color=color,
+            marker="o",
+        )
+    panels[0].set(xlabel=canvas.say("step"), title=canvas.say("loss by part"))
+    panels[1].set(xlabel=canvas.say("step"), title=canvas.say("next-token accuracy (eval)"))
+    canvas.percent(panels[1])
+    if has_form:
+        for name, label, color in (("close", "closes", "C2"), ("stop", "stops", "C4")):
+            canvas.line(
+                panels[2], record.evaluations, f"eval/{name}_accuracy", canvas.say(label), color=color, marker="o"
+            )
+        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("form kept (eval)"), ylim=(-0.05, 1.05))
+        canvas.percent(panels[2])
+    canvas.save(figure, path)
 
 
-def draw_training(path: Path, train: list[dict]) -> None:
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
+def draw_training(canvas: Canvas, path: Path, train: list[dict]) -> None:
+    figure, panels = canvas.panels(3, 13, 3.5)
     names = {
         "train/learning_rate": "learning rate",
         "train/grad_norm": "gradient norm",
         "perf/tokens_per_s": "tokens/s",
     }
     for panel, (name, title) in zip(panels, names.items(), strict=True):
-        line(panel, train, name, title)
-        panel.set(xlabel="step", title=title)
+        canvas.line(panel, train, name, "")
+        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
     panels[2].set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    canvas.save(figure, path)
 
 
-def draw_groups(path: Path, groups: list[Group]) -> None:
+def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
     """What each group has learned at the best step, and what it lost from there to the last one. Without a Chinese
     font a name that needs one is shown as its number in the table."""
-    from matplotlib import font_manager
-    from matplotlib import pyplot as plt
-
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    font = next((name for name in CHINESE_FONTS if name in installed), None)
-    names = [group.name if font or group.name.isascii() else f"no. {n}" for n, group in enumerate(groups, start=1)]
-    labels = [f"{name} ({group.rows} rows)" for name, group in zip(names, groups, strict=True)]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 1.5 + 0.3 * len(groups)), sharey=True, layout="constrained")
+    names = [
+        group.name if canvas.font or group.name.isascii() else canvas.say("no. {}", number)
+        for number, group in enumerate(groups, start=1)
+    ]
+    labels = [canvas.say("{} ({} rows)", name, group.rows) for name, group in zip(names, groups, strict=True)]
+    figure, panels = canvas.panels(2, 11, 1.5 + 0.3 * len(groups), sharey=True)
     learned, lost = [group.first - group.best for group in groups], [group.last - group.best for group in groups]
     panels[0].barh(labels, learned, color="C0")
     panels[1].barh(labels, lost, color=["C3" if rise > 0 else "C2" for rise in lost])
-    panels[0].set(xlabel="nats", title="learned: fall of the loss until the best step")
-    panels[1].set(xlabel="nats", title="lost: rise of the loss from there to the last step")
+    panels[0].set(xlabel=canvas.say("nats"), title=canvas.say("learned: fall of the loss until the best step"))
+    panels[1].set(xlabel=canvas.say("nats"), title=canvas.say("lost: rise of the loss from there to the last step"))
     panels[0].invert_yaxis()
-    for tick in panels[0].get_yticklabels():
-        tick.set_fontfamily([font, "DejaVu Sans"] if font else ["DejaVu Sans"])
-    figure.savefig(path, dpi=120)
+    canvas.save(figure, path)
+
+
+def draw_think_probe(canvas: Canvas, path: Path, record: Record) -> None:
+    figure, axes = canvas.panels(1, 9, 4.5)
+    for name, label, color in (
+        ("other", "another row's thinking", "C3"), ("none", "no thinking", "C7"), ("own", "own thinking", "C0")
+    ):  # fmt: skip
+        canvas.line(axes, record.evaluations, f"think_probe/{name}", canvas.say(label), color=color, marker="o")
+    axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
+    axes.set_title(canvas.say("loss of the answer after"))
+    add_epochs(canvas, axes, record)
+    canvas.save(figure, path)
+
+
+def draw_runs(path: Path, records: dict[str, Record], language: str) -> None:
+    """Evaluation losses over steps and over epochs, the best of each run marked; exams, if there are some."""
+    canvas = Canvas(language)
+    has_exam = any(record.has_exam for record in records.values())
+    figure, panels = canvas.panels(3 if has_exam else 2, 16 if has_exam else 12, 5)
+    for number, (name, record) in enumerate(records.items()):
+        best, color = record.verdict.best, f"C{number % 10}"
+        for axes, unit in zip(panels, ("step", "epoch"), strict=False):
+            xs = [row[unit] for row in record.evaluations]
+            axes.plot(xs, [row["eval/loss"] for row in record.evaluations], color=color, marker=".", label=name)
+            axes.plot(best[unit], best["eval/loss"], color=color, marker="*", markersize=14)
+            axes.set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
+        if has_exam:
+            canvas.line(panels[2], record.evaluations, "exam/accuracy", name, color=color, marker=".")
+    if has_exam:
+        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(panels[2])
+    canvas.save(figure, path)

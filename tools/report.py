@@ -1,30 +1,41 @@
-"""report.md and its curves, from what a run has written so far: python -m tools.report RUN_DIR [--language en]"""
+"""The report of a run, or of several side by side: python -m tools.report RUN_DIR [RUN_DIR ...] [--language en]
+
+One run: report.md and its curves in the run's folder, in the run's own language; in another one report.LANGUAGE.md.
+Several: runs.md and runs.png in the folder that holds them, or in --out.
+"""
 
 import argparse
-import json
-import math
-import statistics
+import dataclasses
+import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.errors import UserError
+from loop.config import TrainConfig
 from loop.console import prepare_terminal
 from loop.files import write_text
-from loop.run_folder import is_held, read_run, read_status
-from model.generate import Reply, format_rates
-from tools.plots import Group, Verdict, draw
+from tools.plots import draw, draw_runs
+from tools.record import Record, collapse, read_record
 
 NUM_ANSWERS = 5
-GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
-# A rise of the evaluation loss by less than this share of it is not called overfitting.
-NOISE = 0.005
+FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
+# Settings in which two runs of one method always differ.
+NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 
 
 def quote(text: str) -> str:
     """Text of a model as a Markdown quotation that cannot break the page around it."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return "\n".join(f"> {line}".rstrip() for line in (text or "-").splitlines())
+    text = collapse(text or "-").replace("&", "&amp;").replace("<", "&lt;")
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+
+
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds as H:MM:SS."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 TEMPLATES = Environment(
@@ -34,118 +45,88 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.filters["quote"] = quote
+TEMPLATES.filters["duration"] = duration
 # A run from before these were measured has none.
 TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if isinstance(share, float) else "-"
 
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
     """Raises UserError if run_dir holds no run or no evaluation of it. Overwrites an older report."""
-    run = read_run(run_dir)
-    language = language or run.get("language", "zh")
-    rows = read_lines(run_dir / "metrics.jsonl")
-    train = [row for row in rows if "train/loss" in row]
-    evaluations = [row for row in rows if "eval/loss" in row]
-    if not any(math.isfinite(row["eval/loss"]) for row in evaluations):
-        raise UserError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
-    epochs_per_step = train[-1]["train/epoch"] / train[-1]["step"] if train else 0.0
-    evaluations = [{**row, "epoch": row["step"] * epochs_per_step} for row in evaluations]
-    verdict = judge(evaluations, train)
-    samples = read_lines(run_dir / "samples.jsonl")
-    answers = [sample for sample in samples if sample["model"] == "best"]
-    if not answers and samples:  # not at its end yet: what the newest evaluation got
-        answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
-    rates = format_rates([Reply(*(sample[name] for name in Reply._fields)) for sample in answers]) if answers else {}
-    data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
-    groups = groups_of(evaluations, verdict, data)
-    stands = read_status(run_dir)
-    status = stands.get("status")
-    if status == "running" and not is_held(run_dir):
-        status = "killed"
+    record = read_record(run_dir)
+    own = record.run.get("language", "zh")
+    language = language or own
+    pictures = "report" if language == own else f"report/{language}"
     text = TEMPLATES.get_template(f"{language}.md").render(
-        run=run,
-        launch=stands,
-        data=data,
-        status=status,
-        train=train,
-        evaluations=evaluations,
-        verdict=verdict,
-        groups=groups,
-        tokens_per_s=statistics.median(row["perf/tokens_per_s"] for row in train) if train else None,
-        peak_gib=max(row["memory/peak_gib"] for row in train) if train else None,
-        step=max(row["step"] for row in [*rows, {"step": 0, **stands}]),
-        answers=answers[:NUM_ANSWERS],
-        num_answers=len(answers),
-        rates={name: f"{rate:.0%}" for name, rate in rates.items()},
-        sampled=sampled_in_training(samples),
+        record._asdict(),
+        record=record,
+        v=record.verdict,
+        groups=record.groups,
+        shown=record.answers[:NUM_ANSWERS],
+        rates=record.rates,
+        few_rows=record.data["val"]["examples"] < FEW_ROWS,
+        has_exam=record.has_exam,
+        probed=[row for row in record.evaluations if "think_probe/own" in row],
+        pictures=pictures,
     )
-    draw(run_dir / "report", train, evaluations, verdict, status, groups)
-    write_text(run_dir / "report.md", text)
-    return run_dir / "report.md"
+    draw(run_dir / pictures, record, language)
+    path = run_dir / ("report.md" if language == own else f"report.{language}.md")
+    write_text(path, text)
+    return path
 
 
-def sampled_in_training(samples: list[dict]) -> dict:
-    """How many questions were answered at an evaluation, at how many of these, and after how many tokens answers ended
-    because their time was over."""
-    training = [sample for sample in samples if sample["model"] == "training"]
-    cuts = {sample["step"]: sample["cut_at"] for sample in training if "cut_at" in sample}
-    steps = {sample["step"] for sample in training}
-    return {"times": len(steps), "questions": len(training) // max(1, len(steps)), "cuts": sorted(cuts.values())}
+def write_comparison(run_dirs: list[Path], language: str | None, out: Path | None) -> Path:
+    """runs.md and runs.png of several runs. Raises UserError if one is no run or has no evaluation."""
+    records = [read_record(run_dir) for run_dir in run_dirs]
+    language = language or records[0].run.get("language", "zh")
+    out = out or Path(os.path.commonpath([run_dir.resolve().parent for run_dir in run_dirs]))
+    out.mkdir(parents=True, exist_ok=True)
+    names = names_of(run_dirs)
+    text = TEMPLATES.get_template(f"runs.{language}.md").render(
+        runs=list(zip(names, records, strict=True)),
+        settings=different_settings(records),
+        best=min(records, key=lambda record: record.verdict.best["eval/loss"]),
+        same_data=len({(record.run["val_rows"]) for record in records}) == 1,
+    )
+    draw_runs(out / "runs.png", dict(zip(names, records, strict=True)), language)
+    write_text(out / "runs.md", text)
+    return out / "runs.md"
 
 
-def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
-    finite = [row for row in evaluations if math.isfinite(row["eval/loss"])]
-    best = min(finite, key=lambda row: row["eval/loss"])
-    first, last = evaluations[0], finite[-1]
-    later = [row for row in evaluations if row["step"] > best["step"]]
-    after = [row for row in later if math.isfinite(row["eval/loss"])]
-    rise = last["eval/loss"] - best["eval/loss"]
-    until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
-    fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
-    if not later:
-        kind = "early" if best is first else "falling"
-    elif not after:
-        kind = "nonfinite"
-    elif best is first:
-        kind = "worse"
-    else:
-        kind = "overfitting" if rise > NOISE * best["eval/loss"] else "plateau"
-    return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
+def names_of(run_dirs: list[Path]) -> list[str]:
+    """The folders' names, with their parents' if these are equal."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
 
 
-def groups_of(evaluations: list[dict], verdict: Verdict, data: dict) -> list[Group]:
-    names = [key.removeprefix(GROUP) for key in evaluations[0] if key.startswith(GROUP)]
-    counts = data.get("groups", {})
-    return [
-        Group(
-            name,
-            counts.get(name, 0),
-            *(row.get(GROUP + name, math.nan) for row in (verdict.first, verdict.best, verdict.last)),
-        )
-        for name in names
-    ]
+def different_settings(records: list[Record]) -> dict[str, list[str]]:
+    """Setting -> its value in each run, if these differ. What a run wrote before a setting existed is its default."""
+    defaults = dataclasses.asdict(TrainConfig())
+    runs = [defaults | record.run for record in records]
+    found = {name: [show(run[name]) for run in runs] for name in defaults if name not in NAMES}
+    files = [" → ".join(f"{file['file']} ({file['sha256'][:8]})" for file in run["step_files"]) for run in runs]
+    found |= {"step_file": files, "train_rows": [run["train_rows"] for run in runs]}
+    found["val_rows"] = [run["val_rows"] for run in runs]
+    return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Rows of a file that a run may be writing to; numbers that are not finite are strings there."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # being written, or cut off by a kill
-            continue
-        is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
-        rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
-    return rows
+def show(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def main() -> None:
     prepare_terminal()
-    parser = argparse.ArgumentParser(description="Writes report.md and its curves into the folder of a run.")
-    parser.add_argument("run_dir", type=Path, help="output_dir of a run, finished, running or killed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="finished, running or killed")
     parser.add_argument("--language", choices=("zh", "en"), help="as the run's own setting")
+    parser.add_argument("--out", type=Path, help="folder for runs.md and runs.png of several runs")
     args = parser.parse_args()
     try:
-        print(write_report(args.run_dir, args.language))
+        if len(args.run_dirs) == 1:
+            if args.out:
+                raise UserError("--out is the folder for several runs; the report of one is in its own")
+            print(write_report(args.run_dirs[0], args.language))
+        else:
+            print(write_comparison(args.run_dirs, args.language, args.out))
     except (UserError, OSError) as error:
         raise SystemExit(f"tools.report: {error}") from None
 

@@ -1,21 +1,99 @@
 """The chat as a page in the browser, over the generator of the terminal: python -m tools.chat RUN_DIR/best --web"""
 
 import os
+import threading
 import time
+import uuid
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
 
-from data.errors import cannot_import
-from model.generate import ReplyError, ReplyStream
+from data.errors import UserError, cannot_import
+from data.feedback import append_feedback
+from model.generate import ReplyError, ReplyStream, sampling_keywords
 
-EXAMPLES = [
-    "最近总是头晕，尤其是站起来的时候，要紧吗？",
-    "孩子发烧三十九度，需要马上去医院吗？",
-    "空腹血糖七点二，是糖尿病吗？",
-]
-NO_ADVICE = "模型可能出错，回答不构成医疗建议。Answers may be wrong and are no medical advice."
+TEXTS = {
+    "zh": {
+        "title": "Qwen3 医学问答", "ask": "请输入您的问题，回车发送", "settings": "设置", "think": "先思考再回答",
+        "temperature": "温度（0 为贪心解码）", "length": "回复最长词元数（含思考）", "send": "发送", "stop": "停止",
+        "no_advice": "模型可能出错，回答不构成医疗建议。如有不适，请及时就医。", "thought": "思考", "thinking": "思考中", "new": "新对话",
+        "kept": "评价过的对话连同评价会保存在本机的 {}。", "feedback": "评价与更正", "answer": "更正后的回答",
+        "thought_kept": "思考（清空则只训练回答）", "reason": "理由（可不填）", "save": "保存更正", "saved": "已保存，谢谢。",
+        "empty": "更正后的回答不能为空", "unknown": "还没有可评价的回复", "cut": "回复达到长度上限，被截断",
+        "no_reply": "模型没有给出回复", "full": "对话过长，请新建对话", "examples": "可以这样问",
+        "questions": ["最近总是头晕，尤其是站起来的时候，要紧吗？", "孩子发烧三十九度，需要马上去医院吗？", "空腹血糖七点二，是糖尿病吗？"],
+    },
+    "en": {
+        "title": "Qwen3 medical chat", "ask": "Your question; Enter sends it", "settings": "Settings", "think": "Think before answering",
+        "temperature": "Temperature (0 is greedy)", "length": "Longest reply in tokens, thinking included", "send": "Send", "stop": "Stop",
+        "no_advice": "The model may be wrong; its answers are no medical advice. ", "thought": "Thinking", "thinking": "Thinking ...", "new": "New dialogue",
+        "kept": "Rated dialogues are kept with their rating in {} on this machine.", "feedback": "Rate and correct", "answer": "Corrected answer",
+        "thought_kept": "Thinking (empty: the answer alone is trained)", "reason": "Reason (optional)", "save": "Save the correction", "saved": "Saved, thank you.",
+        "empty": "A corrected answer must not be empty", "unknown": "There is no reply to rate yet", "cut": "The reply reached its longest length and was cut off",
+        "no_reply": "The model gave no reply", "full": "The dialogue is too long; begin a new one", "examples": "For example",
+        "questions": ["I get dizzy when I stand up. Is that serious?", "My child has a fever of 39 degrees. Should we go to hospital at once?", "My fasting blood sugar is 7.2. Is that diabetes?"],
+    },
+}  # fmt: skip
+CSS = """
+footer { display: none !important }
+#warning p { margin: 0; padding: 6px 10px; border-radius: 6px; background: #fff4d6; color: #5c4400 }
+.dark #warning p { background: #3d3520; color: #f0e0b0 }
+@media (max-width: 600px) { .gradio-container { padding: 6px !important } h3 { font-size: 1.05rem } }
+"""
 
 
-def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, port: int) -> None:
-    """Until Ctrl+C, for this machine alone: 127.0.0.1, no share link, no analytics, no files."""
+class Page(NamedTuple):
+    """What the page shows and where it writes."""
+
+    model: str  # its name
+    language: str
+    system: str  # system prompt
+    thinking: bool
+    settings: dict  # keywords of ReplyStream
+    port: int
+    feedback: Path | None = None
+    sha256: str = ""  # of the weights
+
+
+class Replies:
+    """The replies of this page by id, so that a rating means the reply it was given for, whatever has been undone or
+    asked again since."""
+
+    def __init__(self, page: Page):
+        self.page, self.known = page, {}
+
+    def begin(self, dialogue: list[dict], settings: dict) -> str:
+        name = uuid.uuid4().hex[:16]
+        self.known[name] = {"messages": dialogue, "settings": settings, "think": "", "answer": ""}
+        return name
+
+    def find(self, name: str | None) -> dict | None:
+        """The reply, if it has an answer."""
+        reply = self.known.get(name)
+        return reply if reply and reply["answer"] else None
+
+    def rate(self, name: str, verdict: str, reason: str = "", correction: dict | None = None) -> None:
+        """Raises OSError if the line cannot be written."""
+        reply = self.known[name]
+        said = {"role": "assistant", "content": reply["answer"]}
+        if reply["think"]:
+            said["reasoning_content"] = reply["think"]
+        line = {
+            "id": name,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "model": self.page.model,
+            "model_sha256": self.page.sha256,
+            "settings": reply["settings"],
+            "messages": [*reply["messages"], said],
+            "verdict": verdict,
+        }
+        line |= {"correction": correction} if correction else {}
+        line |= {"reason": reason.strip()} if reason.strip() else {}
+        append_feedback(self.page.feedback, line)
+
+
+def serve(causal_lm, tokenizer, page: Page) -> None:
+    """Until Ctrl+C, for this machine alone: 127.0.0.1, no share link, no analytics, no files but the feedback."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
@@ -23,55 +101,163 @@ def serve(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, por
         import gradio
     except ImportError as error:
         raise SystemExit(f"tools.chat: {cannot_import(error, 'gradio', 'web')}") from None
-
-    def reply(message: str, history: list[dict]):
-        dialogue = [{"role": "system", "content": system}] if system else []
-        dialogue += [*spoken(history), {"role": "user", "content": message}]
-        started, seconds, texts = time.perf_counter(), 0.0, {"think": "", "answer": ""}
-        try:
-            stream = ReplyStream(causal_lm, tokenizer, dialogue, thinking, **settings)
-            for part, text in stream:
-                texts[part] += text
-                if part == "think":
-                    seconds = time.perf_counter() - started
-                yield bubbles(gradio, texts, seconds, done=part == "answer")
-        except ReplyError as error:
-            raise gradio.Error(f"{error}; 请新建对话 / begin a new one") from None
-        if not stream.reply.stopped:
-            yield bubbles(gradio, texts, seconds, done=True)
-            gradio.Warning("回复被截断 / cut off: --max-new-tokens")
-        if not any(texts.values()):
-            raise gradio.Error("空回复 / the reply is empty")
-
-    page = gradio.ChatInterface(
-        reply,
-        chatbot=gradio.Chatbot(show_label=False, height="70vh", buttons=["copy", "copy_all"]),
-        title="Qwen3 医学问答",
-        description=NO_ADVICE,
-        examples=EXAMPLES,
-        cache_examples=False,
-        api_visibility="private",
-    )
     # Fonts of the system: the theme's own would come from the network.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    blocks = build(gradio, causal_lm, tokenizer, page)
     try:
-        page.launch(server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[])
+        blocks.launch(
+            server_name="127.0.0.1",
+            server_port=page.port,
+            share=False,
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
     except OSError as error:
-        raise SystemExit(f"tools.chat: port {port} cannot be used ({error}); choose another with --port") from None
+        raise SystemExit(f"tools.chat: port {page.port} cannot be used ({error}); choose another with --port") from None
+    print(f"http://127.0.0.1:{page.port}  (from another machine: ssh -L {page.port}:127.0.0.1:{page.port} HOST)")
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)
 
 
-def bubbles(gradio, texts: dict[str, str], seconds: float, done: bool) -> list:
+def build(gradio, causal_lm, tokenizer, page: Page):
+    text, replies = TEXTS[page.language], Replies(page)
+    own = getattr(causal_lm.generation_config, "temperature", None) or 1.0
+    temperature = page.settings.get("temperature", own) if page.settings.get("do_sample", True) else 0.0
+
+    def reply(message: str, history: list[dict], thinking: bool, temperature: float, length: int):
+        settings = page.settings | {"max_new_tokens": int(length)} | sampling_keywords(temperature=temperature)
+        dialogue = [{"role": "system", "content": page.system}] if page.system else []
+        dialogue += [*spoken(history), {"role": "user", "content": message}]
+        name = replies.begin(dialogue, {"thinking": thinking, **settings})
+        yield from stream_reply(gradio, causal_lm, tokenizer, replies, name, text)
+
+    with gradio.Blocks(title=f"{text['title']} · {page.model}", analytics_enabled=False) as blocks:
+        kept = text["kept"].format(page.feedback.name) if page.feedback else ""
+        gradio.Markdown(f"### {text['title']} · {page.model}")
+        gradio.Markdown(f"{text['no_advice']}{kept}", elem_id="warning")
+        chatbot = gradio.Chatbot(
+            show_label=False, height="58vh", buttons=["copy", "copy_all"], placeholder=text["title"], render=False
+        )
+        gradio.ChatInterface(
+            reply,
+            chatbot=chatbot,
+            textbox=gradio.Textbox(
+                placeholder=text["ask"],
+                show_label=False,
+                container=False,
+                autofocus=True,
+                submit_btn=text["send"],
+                stop_btn=text["stop"],
+                render=False,
+            ),
+            additional_inputs=[
+                gradio.Checkbox(page.thinking, label=text["think"], render=False),
+                gradio.Slider(0, 2, temperature, step=0.05, label=text["temperature"], render=False),
+                gradio.Slider(64, 8192, page.settings["max_new_tokens"], step=64, label=text["length"], render=False),
+            ],
+            additional_inputs_accordion=gradio.Accordion(text["settings"], open=False, render=False),
+            examples=[[question] for question in text["questions"]],
+            cache_examples=False,
+            api_visibility="private",
+        )
+        if page.feedback:
+            add_feedback(gradio, chatbot, replies, text)
+    return blocks
+
+
+def stream_reply(gradio, causal_lm, tokenizer, replies: Replies, name: str, text: dict):
+    """The bubbles of a reply as it comes; what has come of it stands in `replies`."""
+    known, started, seconds = replies.known[name], time.perf_counter(), 0.0
+    settings = dict(known["settings"])
+    try:
+        stream = ReplyStream(causal_lm, tokenizer, known["messages"], settings.pop("thinking"), **settings)
+        for part, piece in stream:
+            known[part] += piece
+            if part == "think":
+                seconds = time.perf_counter() - started
+            yield bubbles(gradio, name, known, seconds, text, done=part == "answer")
+    except ReplyError as error:
+        raise gradio.Error(f"{text['full']} ({error})") from None
+    if not stream.reply.stopped:
+        yield bubbles(gradio, name, known, seconds, text, done=True)
+        gradio.Warning(text["cut"])
+    if not known["think"] and not known["answer"]:
+        raise gradio.Error(text["no_reply"])
+
+
+def add_feedback(gradio, chatbot, replies: Replies, text: dict) -> None:
+    """Thumbs beside each reply, and a panel to correct the one that was rated, or else the last one."""
+    chosen = gradio.State(None)
+    with gradio.Accordion(text["feedback"], open=False) as panel:
+        answer = gradio.Textbox(label=text["answer"], lines=4, max_lines=12)
+        thought = gradio.Textbox(label=text["thought_kept"], lines=2, max_lines=8)
+        reason = gradio.Textbox(label=text["reason"])
+        save = gradio.Button(text["save"], variant="primary")
+
+    def fill(name: str | None) -> tuple:
+        reply = replies.find(name) or {"answer": "", "think": ""}
+        return name, reply["answer"], reply["think"]
+
+    def rated(history: list[dict], event: gradio.LikeData):
+        name = id_from(history, event.index)
+        if replies.find(name) is None:
+            raise gradio.Error(text["unknown"])
+        write(gradio, lambda: replies.rate(name, "like" if event.liked else "dislike"), text)
+        return (*fill(name), gradio.Accordion(open=not event.liked))
+
+    def last(history: list[dict], name: str | None) -> tuple:
+        if replies.find(name):  # opened by a thumb, or again: what is being written stays
+            return tuple(gradio.skip() for _ in range(3))
+        names = [id_from(history, index) for index in range(len(history))]
+        return fill(next((name for name in reversed(names) if replies.find(name)), None))
+
+    def corrected(name: str | None, answer: str, thought: str, reason: str) -> tuple:
+        if replies.find(name) is None:
+            raise gradio.Error(text["unknown"])
+        if not answer.strip():
+            raise gradio.Error(text["empty"])
+        correction = {"content": answer.strip()} | ({"reasoning_content": thought.strip()} if thought.strip() else {})
+        write(gradio, lambda: replies.rate(name, "edit", reason, correction), text)
+        return (*fill(None), "", gradio.Accordion(open=False))
+
+    private = {"api_visibility": "private", "show_progress": "hidden"}
+    chatbot.like(rated, chatbot, [chosen, answer, thought, panel], **private)
+    panel.expand(last, [chatbot, chosen], [chosen, answer, thought], **private)
+    save.click(corrected, [chosen, answer, thought, reason], [chosen, answer, thought, reason, panel], **private)
+
+
+def write(gradio, rate, text: dict) -> None:
+    try:
+        rate()
+    except (OSError, UserError) as error:
+        raise gradio.Error(str(error)) from None
+    gradio.Info(text["saved"])
+
+
+def id_from(history: list[dict], index: int) -> str | None:
+    """The id of the reply whose first bubble, perhaps its thinking, is at index; its answer carries the id."""
+    for message in history[index:]:
+        if message["role"] == "user":
+            return None
+        if name := (message.get("metadata") or {}).get("id"):
+            return name
+    return None
+
+
+def bubbles(gradio, name: str, known: dict, seconds: float, text: dict, done: bool) -> list:
     """The thinking in a block that folds once it is done, then the answer."""
     shown = []
-    if texts["think"]:
-        state = (
-            {"title": "思考", "status": "done", "duration": seconds}
-            if done
-            else {"title": "思考中", "status": "pending"}
-        )
-        shown.append(gradio.ChatMessage(content=texts["think"], metadata=state))
-    if texts["answer"]:
-        shown.append(gradio.ChatMessage(content=texts["answer"]))
+    if known["think"]:
+        state = {"title": text["thought"], "status": "done", "duration": seconds}
+        state = state if done else {"title": text["thinking"], "status": "pending"}
+        shown.append(gradio.ChatMessage(content=known["think"], metadata=state))
+    if known["answer"]:
+        shown.append(gradio.ChatMessage(content=known["answer"], metadata={"id": name}))
     return shown
 
 
