@@ -35,7 +35,9 @@ def append_feedback(path: Path, line: dict) -> None:
 
 
 def is_feedback(row) -> bool:
-    return isinstance(row, dict) and row.get("verdict") in VERDICTS and isinstance(row.get("messages"), list)
+    if not isinstance(row, dict) or row.get("verdict") not in VERDICTS or not isinstance(row.get("messages"), list):
+        return False
+    return bool(row["messages"]) and all(isinstance(message, dict) for message in row["messages"])
 
 
 def newest(lines: list) -> list:
@@ -57,7 +59,7 @@ def correction_of(line: dict) -> dict | None:
 
 def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
     """The messages that a line teaches; None if it teaches nothing."""
-    *before, reply = line["messages"] or [{}]
+    *before, reply = line["messages"]
     reply = correction_of(line) or (reply if line["verdict"] == "like" and train_liked else None)
     if reply is None:
         return None

@@ -1,6 +1,8 @@
-"""Two models on the same held-out rows: python -m tools.compare_models MODEL_A MODEL_B --dataset FILE [--out DIR]
+"""Two models on the same held-out rows: python -m tools.compare_models BASE RUN_DIR/best
 
-Perplexity by part; character-level ROUGE-L and BLEU of the answers; format rates; answers side by side.
+Perplexity by part; ROUGE-L and BLEU over characters, keywords, and safety of the answers; format rates; answers side by
+side. Unless --dataset and --out say otherwise, the rows are RUN_DIR/data/test.jsonl and the figures go to
+RUN_DIR/compare.
 """
 
 import argparse
@@ -10,6 +12,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_batches
@@ -24,27 +27,34 @@ from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.samples import prompts
 from model.export import system_prompt_of
-from model.generate import fast_dtype, format_rates, load_for_generation, reply_to
+from model.generate import BATCH, Reply, fast_dtype, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
+from tools.answers import keyword_overlap, overlap, safety
 from tools.report import TEMPLATES
 
 PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is
+# name in the JSON -> what it is; * where lower is better
 MEASURES = {
-    "loss": "loss, nats per token",
-    "perplexity": "perplexity",
-    "think_perplexity": "perplexity of the thinking",
-    "answer_perplexity": "perplexity of the answer",
+    "loss": "loss, nats per token *",
+    "perplexity": "perplexity *",
+    "think_perplexity": "perplexity of the thinking *",
+    "answer_perplexity": "perplexity of the answer *",
     "think_accuracy": "next-token accuracy, thinking",
     "answer_accuracy": "next-token accuracy, answer",
     "rouge_l": "ROUGE-L of the answers, characters",
     "bleu": "BLEU of the answers, characters",
+    "keyword_recall": "keywords of the reference found",
+    "keyword_precision": "keywords of the answer that are the reference's",
     "closed": "thinking closed",
     "answered": "answered",
     "stopped": "stopped by itself",
-    "empty_think": "thinking left empty",
+    "empty_think": "thinking left empty *",
+    "emergency_to_hospital": "emergencies sent to hospital",
+    "drug_without_doctor": "drug or dose without a doctor *",
 }
+LOWER = "* lower is better"
 
 
 def main() -> None:
@@ -60,23 +70,27 @@ def main() -> None:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a ModelScope id; the base first")
-    parser.add_argument("--dataset", required=True, help="rows that neither was trained on: RUN_DIR/data/val.jsonl")
+    parser.add_argument(
+        "--dataset", help="rows that neither was trained on; default: the run's data/test.jsonl (--test-fraction)"
+    )
     parser.add_argument("--num-rows", type=int, default=32, help="rows to answer; the loss is that of all rows")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, thinking included")
     parser.add_argument("--max-length", type=int, default=2048, help="longer rows are left out of the loss")
     parser.add_argument(
         "--system", help="system prompt of rows without a system message; default: the one of the second model"
     )
-    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for compare.json and compare.md")
+    parser.add_argument("--out", type=Path, help="folder for compare.json and compare.md; default: RUN_DIR/compare")
     args = parser.parse_args()
     if args.num_rows < 1 or args.max_new_tokens < 1:
         parser.error("--num-rows and --max-new-tokens are at least 1")
     try:
+        import jieba  # noqa: F401
         from rouge_score import rouge_scorer  # noqa: F401
         from sacrebleu import corpus_bleu  # noqa: F401
     except ImportError as error:
-        package = "sacrebleu" if error.name == "sacrebleu" else "rouge_score"
+        package = error.name if error.name in ("jieba", "sacrebleu") else "rouge_score"
         raise cannot_import(error, package, "compare") from None
+    args.dataset, args.out = places(args)
     if (args.out / "compare.json").exists():
         raise SystemExit(f"tools.compare_models: {args.out} holds a comparison already; name another folder with --out")
     disable_progress_bar()
@@ -89,17 +103,48 @@ def run() -> None:
     for name in args.models:
         losses = loss_of(name, rows, args.max_length, accelerator)
         model, tokenizer = load_for_generation(name, accelerator.device)
-        replies = reply_to(model, tokenizer, prompts(asked, tokenizer), args.max_new_tokens)
+        replies = answer(model, tokenizer, asked, args.max_new_tokens, Path(name).name)
+        answers = [reply.answer for reply in replies]
         references = [row.messages[-1]["content"] for row in asked]
-        figures = {**losses, **overlap([reply.answer for reply in replies], references), **format_rates(replies)}
+        figures = losses | overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
+        figures |= safety([row.messages[-2]["content"] for row in asked], answers)._asdict()
         results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
     write_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    page = TEMPLATES.get_template("compare.md").render(report, table=table_rows(report))
+    page = TEMPLATES.get_template("compare.md").render(report, table=table_rows(report), note=note(report))
     write_text(args.out / "compare.md", page)
     show(report)
     print(f"answers side by side: {args.out / 'compare.md'}")
+
+
+def places(args: argparse.Namespace) -> tuple[str, Path]:
+    """The rows and the folder for what is written, where the command line does not name them: those of the run whose
+    best/ one of the models is, the second one first."""
+    runs = [folder for model in reversed(args.models) if is_run(folder := Path(model).resolve().parent)]
+    test = next((run / "data" / "test.jsonl" for run in runs if (run / "data" / "test.jsonl").exists()), None)
+    if args.dataset is None and test is None:
+        raise UserError(
+            "name rows that neither model was trained on with --dataset: a run with --test-fraction 0.1 keeps "
+            "data/test.jsonl; data/val.jsonl chose the best model, which favours it there"
+        )
+    if args.out is None and not runs:
+        raise UserError("neither model is the best/ of a run: name a folder for the figures with --out")
+    return args.dataset or str(test), args.out or runs[0] / "compare"
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def answer(model, tokenizer, rows: list[Row], max_new_tokens: int, name: str) -> list[Reply]:
+    """Greedy replies, with a bar on a terminal."""
+    asked, replies = prompts(rows, tokenizer), []
+    with tqdm(total=len(asked), desc=name, unit="answer", disable=None) as bar:
+        for start in range(0, len(asked), BATCH):
+            replies += reply_to(model, tokenizer, asked[start : start + BATCH], max_new_tokens)
+            bar.update(len(replies) - bar.n)
+    return replies
 
 
 def read_rows(dataset: str, system_prompt: str) -> list[Row]:
@@ -131,30 +176,14 @@ def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerato
     return {**metrics._asdict(), **perplexities}
 
 
-class Characters:
-    """A tokenizer for rouge_score: Chinese has no spaces, so each character that is not one is a token."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return [character for character in text if not character.isspace()]
-
-
-def overlap(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Means over the answers of ROUGE-L's F1 (0-1), and corpus BLEU (0-100), both over characters."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
-
-    scorer = RougeScorer(["rougeL"], tokenizer=Characters())
-    scores = [
-        scorer.score(reference, answer)["rougeL"].fmeasure
-        for answer, reference in zip(answers, references, strict=True)
-    ]
-    return {"rouge_l": sum(scores) / len(scores), "bleu": corpus_bleu(answers, [references], tokenize="char").score}
-
-
 def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
     """Measure, first model, second model, difference."""
     a, b = report["models"]
     return [(label, f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}") for key, label in MEASURES.items()]
+
+
+def note(report: dict) -> str:
+    return f"{LOWER}; emergencies among the questions: {report['models'][0]['emergencies']}"
 
 
 def show(report: dict) -> None:
@@ -164,6 +193,7 @@ def show(report: dict) -> None:
     for row in table_rows(report):
         table.add_row(*row)
     Console().print(table)
+    Console().print(note(report))
 
 
 if __name__ == "__main__":

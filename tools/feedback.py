@@ -32,7 +32,7 @@ def read_feedback(path: Path) -> list[dict]:
 
 def text_of(reply: dict) -> str:
     thinking = str(reply.get("reasoning_content") or "").strip()
-    return (OPEN + thinking + CLOSE if thinking else "") + reply["content"].strip()
+    return (OPEN + thinking + CLOSE if thinking else "") + str(reply.get("content") or "").strip()
 
 
 def pairs(lines: list[dict], form: str) -> list[dict]:
@@ -42,7 +42,7 @@ def pairs(lines: list[dict], form: str) -> list[dict]:
         correction, (*before, reply) = correction_of(line), line["messages"]
         if correction is None or text_of(correction) == text_of(reply):
             continue
-        prompt = [{"role": message["role"], "content": message["content"]} for message in before]
+        prompt = [{name: message.get(name) for name in ("role", "content")} for message in before]
         chosen, rejected = ({"role": "assistant", "content": text_of(reply)} for reply in (correction, reply))
         if form == "trl":
             found.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
