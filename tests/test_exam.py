@@ -10,7 +10,7 @@ from conftest import REAL, ROOT
 from transformers import AutoModelForCausalLM
 
 from data.exam import LETTERS, exam_prompts, exam_rows, read_exam, read_question
-from loop.probes import letter_likelihoods
+from loop.probes import is_right, letter_likelihoods
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 from tools.exam import Score, mcnemar, scores_of, take
@@ -89,6 +89,39 @@ def test_likelihoods_are_those_of_transformers(small_folder, accelerator, tmp_pa
     best = [max(range(4), key=values.__getitem__) for values in expected]
     assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
     assert len(take(str(small_folder), questions, think=True, max_new_tokens=4, accelerator=accelerator)) == 2
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_the_same_likelihoods_and_answers(small_folder, accelerator, tmp_path):
+    instance = pytest.importorskip("lm_eval.api.instance")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    rows = "".join(
+        f"{i},第{i}题：{'头痛' * (i % 5)}宜用何药,药{i},酒{i},茶{i * i},水,{'ABCD'[i % 4]}\n" for i in range(24)
+    )
+    (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n" + rows, encoding="utf-8")
+    questions, _ = read_exam([str(tmp_path / "a.csv")])
+
+    tokenizer = load_tokenizer(str(small_folder))
+    prompts = exam_prompts(questions, tokenizer, "你是一个医学专家。")
+    model = SFTModel(load_model(str(small_folder), tokenizer, gradient_checkpointing=False), 1024)
+    packing = {"batch_size": 1, "micro_batch_tokens": 512}
+    ours = letter_likelihoods(model, exam_rows(prompts, tokenizer), tokenizer, accelerator, packing)
+    ours = torch.tensor(ours, dtype=torch.float64)[:, :4]
+
+    harness = huggingface.HFLM(pretrained=str(small_folder), dtype="float32", device="cpu", batch_size=4)
+
+    def theirs(pairs: list[tuple[str, str]]) -> torch.Tensor:
+        requests = [instance.Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+        found = harness.loglikelihood(requests, disable_tqdm=True)
+        return torch.tensor([likelihood for likelihood, _ in found], dtype=torch.float64)
+
+    # It moves a prompt's trailing blank line to the continuation, whose own likelihood is taken out again.
+    stems = [prompt.rstrip() for prompt in prompts]
+    letters = theirs([(prompt, letter) for prompt in prompts for letter in LETTERS[:4]]).view(-1, 4)
+    blanks = theirs([(stem, prompt.removeprefix(stem)) for stem, prompt in zip(stems, prompts, strict=True)])
+    assert ours.std(0).min() > 1e-3  # questions differ by far more than the tolerance
+    torch.testing.assert_close(ours, letters - blanks[:, None], rtol=0, atol=2e-5)
+    assert is_right(questions, ours.tolist()) == is_right(questions, letters.tolist())
 
 
 def test_figures_are_those_of_their_formulas(tmp_path):

@@ -1,27 +1,35 @@
-"""Which rows are wrong? The loss of every row of a run before and after training, and whether its answer follows from
-its question.
+"""Which rows are wrong? The loss of every row of a run before and after training, and whether its answer follows.
 
-    python -m tools.rows RUN_DIR [--worst 20] [--write-suspects 20]
+    python -m tools.rows RUN_DIR [--worst 10] [--suspects N]
 
-A row's `follows` is how much less its answer costs after its own question than after another row's, in nats per token
-and without any thinking. An answer that belongs to another question gains nothing, so rows with the lowest figures are
-the suspects. RUN_DIR/rows.jsonl has all rows, the suspects first; --write-suspects N writes the first N to
-RUN_DIR/suspects.jsonl, and `train.py --exclude RUN_DIR/suspects.jsonl` trains without them.
+RUN_DIR/rows.jsonl gets all rows, the most suspect first, with these figures, in nats per token:
+
+before, after  loss of thinking and answer, of the model before training and of best/
+follows        how much less the answer costs after its own question than after another row's, both without thinking
+suspect        how much more the thinking or the answer costs best/ than what the same text after another row's question
+               lets expect, in standard deviations over all rows; the worse of the two parts
+
+--suspects N writes the first N to RUN_DIR/suspects.jsonl: `train.py --exclude RUN_DIR/suspects.jsonl` trains without
+them. A model that was trained for too long knows its wrong rows by heart; look at a run that ends where it turns.
 """
 
 import argparse
 import json
+import math
+import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import Collated, rank_rows
-from data.encode import Example, encode_turns, turns_of
+from data.encode import Example, encode_turns, shorten_thinking
 from data.errors import UserError
 from data.formats import read_row
 from data.read import read_file
@@ -35,6 +43,13 @@ from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 
 TOKENS = 2048  # laid end to end in one forward
+
+
+class Losses(NamedTuple):
+    """Of each row, nats per token."""
+
+    think: list[float | None]
+    answer: list[float]
 
 
 def read_side(run_dir: Path, side: str) -> list[Row]:
@@ -52,25 +67,176 @@ def read_side(run_dir: Path, side: str) -> list[Row]:
 def load(name: str, run: dict, tokenizer, device: torch.device) -> SFTModel:
     """A model as it evaluates; `tiny` as it was before the run trained it."""
     set_seed(run["seed"])
-    causal_lm = load_model(
-        name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(device) if name != "tiny" else torch.float32
-    )
+    dtype = torch.float32 if name == "tiny" else fast_dtype(device)
+    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=dtype)
     return SFTModel(causal_lm, loss_chunk=1024).to(device)
 
 
-def losses_of(model: SFTModel, rows: dict[str, Example], accelerator: Accelerator) -> dict[str, dict[str, float]]:
-    """label -> {"think": nats per token, "answer": ...}, of each row alone."""
-    groups = rank_rows(list(rows.values()), batch_size=1, micro_batch_tokens=TOKENS)
-    names = {id(row): name for name, row in rows.items()}
-    parts = LossOfGroups(
+def losses_of(model: SFTModel, rows: list[Example], accelerator: Accelerator, what: str) -> Losses:
+    """Of rows that each have a place of their own. what: for the bar."""
+    groups = rank_rows(rows, batch_size=1, micro_batch_tokens=TOKENS)
+    labels = [
         [
-            [part for row in group for part in (((f"{names[id(row)]}/think",), row.num_think_targets), ((f"{names[id(row)]}/answer",), row.num_answer_targets))]
-            for group in groups
+            ((f"{row.location}/{part}",), count)
+            for row in group
+            for part, count in (("think", row.num_think_targets), ("answer", row.num_answer_targets))
         ]
-    )  # fmt: skip
-    evaluate(model, Collated(groups), accelerator, each=parts.add)
-    found: dict[str, dict[str, float]] = {}
-    for label, loss in parts.means().items():
-        name, part = label.rsplit("/", 1)
-        found.setdefault(name, {})[part] = loss
+        for group in groups
+    ]
+    parts = LossOfGroups(labels)
+    with tqdm(total=len(groups), desc=what, disable=None) as bar:
+        evaluate(model, Collated(groups), accelerator, check=bar.update, each=parts.add)
+    means = parts.means()
+    thinks = [means[f"{row.location}/think"] if row.num_think_targets else None for row in rows]
+    return Losses(thinks, [means[f"{row.location}/answer"] for row in rows])
+
+
+class Contexts:
+    """The last turn of each row after its own question and thinking, and after other ones."""
+
+    def __init__(self, rows: list[Row], tokenizer, max_length: int):
+        self.rows, self.tokenizer, self.max_length = rows, tokenizer, max_length
+
+    def encode(self, questions: list[str] | None = None, thinking: bool = True) -> list[Example]:
+        turns = []
+        for number, row in enumerate(self.rows):
+            *before, asked, reply = row.messages
+            if questions:
+                before, asked = before[: len(before) % 2], {**asked, "content": questions[number]}
+            if not thinking:
+                reply = {name: value for name, value in reply.items() if name != "reasoning_content"}
+            turns.append((str(number), [*before, asked, reply]))
+        return [
+            row if len(row) <= self.max_length else self.shorter(turn, row)
+            for turn, row in zip(turns, encode_turns(turns, self.tokenizer), strict=True)
+        ]
+
+    def shorter(self, turn: tuple[str, list[dict]], row: Example) -> Example:
+        return shorten_thinking(*turn, row, self.tokenizer, self.max_length) or row
+
+
+def study(run_dir: Path, base: str | None) -> list[dict]:
+    """A line for each row, the most suspect first. base: the model before training, if not the run's own."""
+    run, best = read_run(run_dir), run_dir / "best"
+    if not best.is_dir():
+        raise UserError(f"{run_dir} has no best/ yet; it comes with the first evaluation")
+    rows = [(side, row) for side in ("train", "val", "test") for row in read_side(run_dir, side)]
+    if len(rows) < 2:
+        raise UserError(f"{run_dir}/data has fewer than two rows")
+    dialogues = [row for _, row in rows]
+    accelerator, own = Accelerator(), load_tokenizer(str(best))
+    asked = [row.messages[-2]["content"] for row in dialogues]
+    others = asked[len(asked) // 2 :] + asked[: len(asked) // 2]
+
+    contexts = Contexts(dialogues, own, run["max_length"])
+    model = load(str(best), run, own, accelerator.device)
+    after = losses_of(model, contexts.encode(), accelerator, "best, own question")
+    apart = losses_of(model, contexts.encode(others), accelerator, "best, other question")
+    after_silent = losses_of(model, contexts.encode(thinking=False), accelerator, "best, own question, no thinking")
+    apart_silent = losses_of(model, contexts.encode(others, False), accelerator, "best, other question, no thinking")
+    name = base or run["model"]
+    tokenizer = own if name == "tiny" else load_tokenizer(name)
+    model = load(name, run, tokenizer, accelerator.device)
+    before = losses_of(
+        model, Contexts(dialogues, tokenizer, run["max_length"]).encode(), accelerator, "before training"
+    )
+    suspects = map(max, beyond(after.think, apart.think), beyond(after.answer, apart_silent.answer))
+
+    lines = [
+        {
+            "location": row.location,
+            "side": side,
+            "suspect": suspect,
+            "follows": apart_silent.answer[n] - after_silent.answer[n],
+            "before": {"think": before.think[n], "answer": before.answer[n]},
+            "after": {"think": after.think[n], "answer": after.answer[n]},
+            "question": asked[n],
+            "answer": row.messages[-1]["content"],
+            "columns": row.columns,
+        }
+        for n, ((side, row), suspect) in enumerate(zip(rows, suspects, strict=True))
+    ]
+    return sorted(lines, key=lambda line: -line["suspect"])
+
+
+def beyond(losses: list[float | None], elsewhere: list[float | None]) -> list[float]:
+    """How much each loss is above the line through all of (elsewhere, losses), in standard deviations, which are
+    estimated from the median so that wrong rows do not hide each other. A text that is hard anywhere is no suspect.
+    -inf for a row without a loss, and 0 if there are too few to tell."""
+    known = [n for n, loss in enumerate(losses) if loss is not None]
+    found = [-math.inf if loss is None else 0.0 for loss in losses]
+    xs, ys = [elsewhere[n] for n in known], [losses[n] for n in known]
+    if len(set(xs)) < 3:
+        return found
+    line = statistics.linear_regression(xs, ys)
+    rests = [y - line.slope * x - line.intercept for x, y in zip(xs, ys, strict=True)]
+    middle = statistics.median(rests)
+    deviation = 1.4826 * statistics.median(abs(rest - middle) for rest in rests)
+    for n, rest in zip(known, rests, strict=True):
+        found[n] = (rest - middle) / deviation if deviation else 0.0
     return found
+
+
+def learned(line: dict) -> float:
+    """How much less the answer costs after training; below 0 the row was forgotten."""
+    return line["before"]["answer"] - line["after"]["answer"]
+
+
+def show(lines: list[dict], number: int) -> None:
+    console = Console()
+    tables = {
+        "most suspect: the answer does not belong to its question": lines,
+        "hardest after training": sorted(lines, key=lambda line: -line["after"]["answer"]),
+    }
+    forgotten = sorted((line for line in lines if learned(line) < 0), key=learned)
+    if forgotten:
+        tables["forgotten: the answer costs more than before training"] = forgotten
+    for title, chosen in tables.items():
+        table = Table(title=title, title_justify="left")
+        for name in ("row", "suspect", "follows", "before", "after", "question", "answer"):
+            is_text = name in ("row", "question", "answer")
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis")
+        for line in chosen[:number]:
+            figures = (line["suspect"], line["follows"], line["before"]["answer"], line["after"]["answer"])
+            texts = (" ".join(line[name].split())[:40] for name in ("question", "answer"))
+            table.add_row(line["location"], *(f"{figure:.3f}" for figure in figures), *texts)
+        console.print(table)
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--base", help="the model before training, if it is no longer where the run found it")
+    parser.add_argument("--worst", type=int, default=10, help="rows to show of each kind")
+    parser.add_argument("--suspects", type=int, default=0, metavar="N", help="write the N most suspect rows")
+    args = parser.parse_args()
+    if args.worst < 1 or args.suspects < 0:
+        parser.error("--worst is at least 1 and --suspects at least 0")
+    disable_progress_bar()
+    lines = study(args.run_dir, args.base)
+    write_lines(
+        args.run_dir / "rows.jsonl", (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    )
+    show(lines, args.worst)
+    print(f"all {len(lines)} rows: {args.run_dir / 'rows.jsonl'}")
+    if args.suspects:
+        path = args.run_dir / "suspects.jsonl"
+        write_lines(
+            path,
+            (json.dumps(line["columns"], ensure_ascii=False, default=str) + "\n" for line in lines[: args.suspects]),
+        )
+        print(f"train without the first {args.suspects}: --exclude {path}")
+
+
+def main() -> None:
+    prepare_terminal()
+    try:
+        run()
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.rows: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
