@@ -3,42 +3,14 @@
 import functools
 from pathlib import Path
 
+import yaml
+
 from tools.record import Group, Record
 
 # matplotlib has no Chinese font of its own; these come with systems, best first.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
-CHINESE = {
-    "step": "步",
-    "epoch": "轮",
-    "train": "训练",
-    "eval": "评估",
-    "thinking": "思考",
-    "answer": "回答",
-    "loss, nats per target token": "损失（nat / 目标词元）",
-    "best: step {}, {:.4f}": "最佳：第 {} 步，{:.4f}",
-    "stopped early: step {}": "早停：第 {} 步",
-    "loss by part": "各部分损失",
-    "{}, train": "{}，训练",
-    "{}, eval": "{}，评估",
-    "next-token accuracy (eval)": "下一词元准确率（评估）",
-    "closes": "闭合",
-    "stops": "结束",
-    "form kept (eval)": "格式保持率（评估）",
-    "learning rate": "学习率",
-    "gradient norm": "梯度范数",
-    "tokens/s": "词元/秒",
-    "{} ({} rows)": "{}（{} 条）",
-    "nats": "nat",
-    "learned: fall of the loss until the best step": "学到的：到最佳步为止损失的下降",
-    "lost: rise of the loss from there to the last step": "失去的：此后到最后一步损失的上升",
-    "own thinking": "自己的思考",
-    "no thinking": "不思考",
-    "another row's thinking": "别的样本的思考",
-    "loss of the answer after": "回答的损失，前面是",
-    "exam accuracy": "考试准确率",
-    "no. {}": "第 {} 组",
-}
+LABELS = Path(__file__).parent / "report_templates" / "labels.zh.yaml"
 
 
 @functools.cache
@@ -76,13 +48,14 @@ class Canvas:
         from matplotlib import pyplot as plt
 
         self.plt, self.font = plt, chinese_font()
-        self.chinese = language == "zh" and self.font is not None
+        is_chinese = language == "zh" and self.font is not None
+        self.labels = yaml.safe_load(LABELS.read_text(encoding="utf-8")) if is_chinese else {}
         plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120})
         plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
         plt.rcParams["font.family"] = ["DejaVu Sans", *([self.font] if self.font else [])]
 
     def say(self, text: str, *values) -> str:
-        return (CHINESE[text] if self.chinese else text).format(*values)
+        return self.labels.get(text, text).format(*values)
 
     def panels(self, number: int, width: float, height: float, **more):
         figure, panels = self.plt.subplots(1, number, figsize=(width, height), layout="constrained", **more)

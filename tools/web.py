@@ -8,76 +8,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from data.errors import UserError, cannot_import
 from data.feedback import append_feedback
 from model.generate import ReplyError, ReplyStream, sampling_keywords
 
-TEXTS = {
-    "zh": {
-        "title": "Qwen3 医学问答",
-        "ask": "请输入您的问题，回车发送",
-        "settings": "设置",
-        "think": "先思考再回答",
-        "temperature": "温度（0 为贪心解码）",
-        "length": "回复最长词元数（含思考）",
-        "send": "发送",
-        "stop": "停止",
-        "no_advice": "模型可能出错，回答不构成医疗建议。如有不适，请及时就医。",
-        "thought": "思考",
-        "thinking": "思考中",
-        "kept": "评价过的对话连同评价会保存在本机的 {}。",
-        "feedback": "评价与更正",
-        "answer": "更正后的回答",
-        "thought_kept": "思考（清空则只训练回答）",
-        "reason": "理由（可不填）",
-        "save": "保存更正",
-        "saved": "已保存，谢谢。",
-        "empty": "更正后的回答不能为空",
-        "unknown": "还没有可评价的回复",
-        "cut": "回复达到长度上限，被截断",
-        "no_reply": "模型没有给出回复",
-        "info": "提示",
-        "error": "出错了",
-        "full": "对话过长，请新建对话",
-        "questions": [
-            "最近总是头晕，尤其是站起来的时候，要紧吗？",
-            "孩子发烧三十九度，需要马上去医院吗？",
-            "空腹血糖七点二，是糖尿病吗？",
-        ],
-    },
-    "en": {
-        "title": "Qwen3 medical chat",
-        "ask": "Your question; Enter sends it",
-        "settings": "Settings",
-        "think": "Think before answering",
-        "temperature": "Temperature (0 is greedy)",
-        "length": "Longest reply in tokens, thinking included",
-        "send": "Send",
-        "stop": "Stop",
-        "no_advice": "The model may be wrong; its answers are no medical advice. ",
-        "thought": "Thinking",
-        "thinking": "Thinking ...",
-        "kept": "Rated dialogues are kept with their rating in {} on this machine.",
-        "feedback": "Rate and correct",
-        "answer": "Corrected answer",
-        "thought_kept": "Thinking (empty: the answer alone is trained)",
-        "reason": "Reason (optional)",
-        "save": "Save the correction",
-        "saved": "Saved, thank you.",
-        "empty": "A corrected answer must not be empty",
-        "unknown": "There is no reply to rate yet",
-        "cut": "The reply reached its longest length and was cut off",
-        "no_reply": "The model gave no reply",
-        "info": "Note",
-        "error": "Error",
-        "full": "The dialogue is too long; begin a new one",
-        "questions": [
-            "I get dizzy when I stand up. Is that serious?",
-            "My child has a fever of 39 degrees. Should we go to hospital at once?",
-            "My fasting blood sugar is 7.2. Is that diabetes?",
-        ],
-    },
-}
+TEXTS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
 CSS = """
 footer { display: none !important }
 #warning p { margin: 0; padding: 6px 10px; border-radius: 6px; background: #fff4d6; color: #5c4400 }
