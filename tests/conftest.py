@@ -20,6 +20,7 @@ import pytest
 import small  # noqa: F401
 import torch
 from accelerate import Accelerator
+from ranks import run
 
 from data.encode import encode_rows
 from data.split import Split, load_split
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 # Real rows and the real tokenizer, where they lie beside the checkout; tests that use them skip without.
 REAL = ROOT.parent / "shared" / "real"
 SYSTEM = "你是一个医学专家。"
+THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"  # what the model of `best` replies
 
 
 def settings(**changes) -> TrainConfig:
@@ -65,6 +67,34 @@ def small_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "small"
     export(model, model.state_dict(), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def best(tmp_path_factory):
+    """A model that has learned one reply to every question, in dialogues of up to three turns."""
+    folder = tmp_path_factory.mktemp("chat")
+    reply = {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
+    rows = [
+        {"messages": [m for k in range(turns) for m in ({"role": "user", "content": f"第{i + k}个问题？"}, reply)]}
+        for turns in (1, 2, 3)
+        for i in range(15)
+    ]
+    rows += [{"question": f"第{i}个问题？", "think": "", "answer": ANSWER} for i in range(20, 35)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [
+        "tiny",
+        "--dataset",
+        folder / "rows.jsonl",
+        "--max-steps",
+        "100",
+        "--eval-steps",
+        "100",
+        "--num-samples",
+        "2",
+    ]
+    done = run([*args, "--output-dir", folder / "run"], log=folder / "log")
+    assert done.codes == [0] and "stopped 100%" in done.output, done.output
+    return folder / "run" / "best"
 
 
 @pytest.fixture

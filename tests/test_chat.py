@@ -14,43 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ANSWER, ROOT, THINK
 from ranks import run
 from runs import newest
 
 from model.export import card, system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, reply_to
 from tools.chat import main, parse, sampling
-
-THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"
-
-
-@pytest.fixture(scope="module")
-def best(tmp_path_factory):
-    """A model that has learned one reply to every question, in dialogues of up to three turns."""
-    folder = tmp_path_factory.mktemp("chat")
-    reply = {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
-    rows = [
-        {"messages": [m for k in range(turns) for m in ({"role": "user", "content": f"第{i + k}个问题？"}, reply)]}
-        for turns in (1, 2, 3)
-        for i in range(15)
-    ]
-    rows += [{"question": f"第{i}个问题？", "think": "", "answer": ANSWER} for i in range(20, 35)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = [
-        "tiny",
-        "--dataset",
-        folder / "rows.jsonl",
-        "--max-steps",
-        "100",
-        "--eval-steps",
-        "100",
-        "--num-samples",
-        "2",
-    ]
-    done = run([*args, "--output-dir", folder / "run"], log=folder / "log")
-    assert done.codes == [0] and "stopped 100%" in done.output, done.output
-    return folder / "run" / "best"
 
 
 @pytest.fixture
