@@ -64,6 +64,10 @@ def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "no question with choices and one right letter" in done.stderr
     assert "Traceback" not in done.stderr
+    choices = {"options": {"A": "骨折", "B": "脱位"}, "answer": "A"}
+    assert read_question({"question": "诊断是什么？", **choices}, "a")
+    for row in ({"question": "看图诊断", "image": "a.png"}, {"question": "诊断？<img src='a.png'>"}):
+        assert read_question({**row, **choices}, "a") is None
     for options in (3, None, "no letters", [], {}):
         assert read_question({"question": "?", "options": options, "answer": "A"}, "a") is None
 

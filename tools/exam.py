@@ -16,9 +16,11 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from data.batches import rank_rows
 from data.errors import UserError
 from data.exam import Question, exam_prompts, exam_rows, read_exam
 from data.template import CLOSE, OPEN, opens_block
@@ -73,7 +75,8 @@ def take(
     model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
     packing = {"batch_size": 1, "micro_batch_tokens": TOKENS}
     rows = exam_rows(prompts, tokenizer)
-    return is_right(questions, letter_likelihoods(model, rows, tokenizer, accelerator, packing))
+    with tqdm(total=len(rank_rows(rows, **packing)), desc=Path(name).name, disable=None) as bar:
+        return is_right(questions, letter_likelihoods(model, rows, tokenizer, accelerator, packing, check=bar.update))
 
 
 def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
@@ -122,6 +125,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens is at least 1")
+    if args.out and args.out.exists():
+        parser.error(f"--out {args.out} exists; name another file")
     disable_progress_bar()
     try:
         questions, left_out = read_exam(args.exam)

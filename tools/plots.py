@@ -1,6 +1,8 @@
 """The curves of the reports."""
 
 import functools
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -104,27 +106,46 @@ def add_epochs(canvas: Canvas, axes, record: Record) -> None:
         top.set_xlabel(canvas.say("epoch"))
 
 
+def near_best(records: Iterable[Record], *names: str) -> tuple[float, float]:
+    """The range of losses from half way to the best one on: where a turn can be seen. names: of the losses."""
+    losses = [
+        row[name]
+        for record in records
+        for row in [*record.evaluations, *record.train]
+        for name in names
+        if row["step"] >= record.verdict.best["step"] / 2 and math.isfinite(row.get(name, math.nan))
+    ]
+    return min(losses), max(losses)
+
+
 def draw_losses(canvas: Canvas, path: Path, record: Record) -> None:
-    """Over steps and epochs, the best model marked; the exam beside the loss, if there is one."""
-    has_exam = record.has_exam
-    figure, panels = canvas.panels(2 if has_exam else 1, 13 if has_exam else 9, 5, squeeze=False)
-    axes, best = panels[0][0], record.verdict.best
-    canvas.line(axes, record.train, "train/loss", canvas.say("train"), color="C0", alpha=0.8)
-    canvas.line(axes, record.evaluations, "eval/loss", canvas.say("eval"), color="C1", marker="o")
-    label = canvas.say("best: step {}, {:.4f}", best["step"], best["eval/loss"])
-    axes.axvline(best["step"], color="C2", linestyle="--", label=label)
-    if record.status == "early_stopped":
-        last = record.verdict.last["step"]
-        axes.axvline(last, color="C3", linestyle=":", label=canvas.say("stopped early: step {}", last))
-    axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
-    add_epochs(canvas, axes, record)
-    if has_exam:
-        canvas.line(
-            panels[0][1], record.evaluations, "exam/accuracy", canvas.say("exam accuracy"), color="C4", marker="o"
-        )
-        panels[0][1].axvline(best["step"], color="C2", linestyle="--")
-        panels[0][1].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
-        canvas.percent(panels[0][1])
+    """Over steps and epochs, the best model marked; near the best, if the fall before it hides the turn; the exam
+    beside the loss, if there is one."""
+    low, high = near_best([record], "eval/loss", "train/loss")
+    has_zoom = record.verdict.first["eval/loss"] - low > 4 * (high - low) > 0
+    number = 1 + has_zoom + record.has_exam
+    figure, panels = canvas.panels(number, 9 if number == 1 else 6.5 * number, 5, squeeze=False)
+    best, *rest = record.verdict.best, *panels[0]
+    for axes in rest[: 1 + has_zoom]:
+        canvas.line(axes, record.train, "train/loss", canvas.say("train"), color="C0", alpha=0.8)
+        canvas.line(axes, record.evaluations, "eval/loss", canvas.say("eval"), color="C1", marker="o")
+        label = canvas.say("best: step {}, {:.4f}", best["step"], best["eval/loss"])
+        axes.axvline(best["step"], color="C2", linestyle="--", label=label)
+        if record.status == "early_stopped":
+            last = record.verdict.last["step"]
+            axes.axvline(last, color="C3", linestyle=":", label=canvas.say("stopped early: step {}", last))
+        axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
+        add_epochs(canvas, axes, record)
+    if has_zoom:
+        rest[1].set_ylim(low - 0.1 * (high - low), high)
+        rest[1].set_xlim(left=best["step"] / 2)
+        rest[1].set_title(canvas.say("near the best"))
+    if record.has_exam:
+        axes = rest[-1]
+        canvas.line(axes, record.evaluations, "exam/accuracy", canvas.say("exam accuracy"), color="C4", marker="o")
+        axes.axvline(best["step"], color="C2", linestyle="--")
+        axes.set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(axes)
     canvas.save(figure, path)
 
 
@@ -200,13 +221,14 @@ def draw_think_probe(canvas: Canvas, path: Path, record: Record) -> None:
     ):  # fmt: skip
         canvas.line(axes, record.evaluations, f"think_probe/{name}", canvas.say(label), color=color, marker="o")
     axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
-    axes.set_title(canvas.say("loss of the answer after"))
+    axes.set_title(canvas.say("loss of the answer, by the thinking before it"))
     add_epochs(canvas, axes, record)
     canvas.save(figure, path)
 
 
 def draw_runs(path: Path, records: dict[str, Record], language: str) -> None:
-    """Evaluation losses over steps and over epochs, the best of each run marked; exams, if there are some."""
+    """Evaluation losses over steps, and over epochs near the best; the best of each run marked; exams, if there are
+    some."""
     canvas = Canvas(language)
     has_exam = any(record.has_exam for record in records.values())
     figure, panels = canvas.panels(3 if has_exam else 2, 16 if has_exam else 12, 5)
@@ -219,6 +241,10 @@ def draw_runs(path: Path, records: dict[str, Record], language: str) -> None:
             axes.set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
         if has_exam:
             canvas.line(panels[2], record.evaluations, "exam/accuracy", name, color=color, marker=".")
+    low, high = near_best(records.values(), "eval/loss")
+    if high > low:
+        panels[1].set(ylim=(low - 0.1 * (high - low), high), title=canvas.say("near the best"))
+        panels[1].set_xlim(left=min(record.verdict.best["epoch"] for record in records.values()) / 2)
     if has_exam:
         panels[2].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
         canvas.percent(panels[2])
