@@ -24,9 +24,11 @@ def table(folder) -> list[dict]:
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
-    rows = [good_row(i) for i in range(20)] + [{"question": "不想？", "answer": "不想。"}, {"messages": turns}]
+    rows = [good_row(i) for i in range(19)] + [{**good_row(19), "answer": "答" * 300}]  # one that is too long to train
+    rows += [{"question": "不想？", "answer": "不想。"}, {"messages": turns}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ["tiny", "--dataset", folder / "rows.jsonl", "--val-fraction", "0.3", "--max-steps", 8, "--eval-steps", 8]
+    args += ["--max-length", 256]
     done = run([*args, "--num-samples", 0, "--output-dir", folder / "run"], log=folder / "log")
     assert done.codes == [0], done.output
     return folder / "run"

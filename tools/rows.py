@@ -106,12 +106,12 @@ class Contexts:
             if not thinking:
                 reply = {name: value for name, value in reply.items() if name != "reasoning_content"}
             turns.append((str(number), [*before, asked, reply]))
-        return [
-            row if len(row) <= self.max_length else self.shorter(turn, row)
-            for turn, row in zip(turns, encode_turns(turns, self.tokenizer), strict=True)
-        ]
+        return [self.fitting(*pair) for pair in zip(turns, encode_turns(turns, self.tokenizer), strict=True)]
 
-    def shorter(self, turn: tuple[str, list[dict]], row: Example) -> Example:
+    def fitting(self, turn: tuple[str, list[dict]], row: Example) -> Example:
+        """With its thinking shortened, as in training. A row that is too long without it stays as it is."""
+        if len(row) <= self.max_length or not row.num_think_targets:
+            return row
         return shorten_thinking(*turn, row, self.tokenizer, self.max_length) or row
 
 
