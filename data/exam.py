@@ -14,7 +14,10 @@ from data.source import find_source
 from data.template import generation_prompt
 
 LETTERS = "ABCDEFGH"
+LEFT_OUT = "for want of choices or of one right letter, or because they need a picture"
 ASK = "请直接给出正确选项的字母。"
+REFERS = re.compile("^以上|^上述|都(?:是|不是|对|不对)$|均(?:是|不是|对|不对|正确)$|^[A-H](?:[、和与+,，]?[A-H])+")
+OWN_LETTER = re.compile(r"^([A-H])[.、．:：)）]\s*")
 PICTURE = re.compile(r"<img\b|!\[[^\]]*\]\(|data:image/", re.IGNORECASE)
 
 
@@ -59,10 +62,11 @@ def read_question(columns: dict, stem: str) -> Question | None:
     needs_picture = any(cells.get(name) for name in ("image", "images", "img", "picture")) or PICTURE.search(
         "\n".join([text, *choices.values()])
     )
-    if not text or needs_picture or len(choices) < 2 or letter not in choices:
+    if not text or needs_picture or not 2 <= len(choices) <= len(LETTERS) or letter not in choices:
         return None
     order = sorted(choices)
-    random.Random(f"{text}{order}").shuffle(order)
+    if not any(REFERS.search(choice) for choice in choices.values()):  # to other choices, whose letters would be others
+        random.Random(f"{text}{order}").shuffle(order)
     subject = next((str(cells[name]) for name in ("subject", "exam_subject", "exam_class") if cells.get(name)), stem)
     return Question(subject, text, tuple(choices[name] for name in order), order.index(letter))
 
@@ -74,11 +78,17 @@ def choices_of(cells: dict) -> dict[str, str]:
     if isinstance(options, str):
         options = dict(re.findall(r"^\s*([A-H])[\s.、．:：)）]\s*(.*?)\s*$", options, re.MULTILINE))
     elif isinstance(options, list):
-        pairs = [(o.get("key", o.get("label")), o.get("value", o.get("text"))) for o in options if isinstance(o, dict)]
+        pairs = [
+            (str(o.get("key", o.get("label"))), o.get("value", o.get("text"))) for o in options if isinstance(o, dict)
+        ]
         options = dict(pairs) if pairs else dict(zip(LETTERS, options, strict=False))
     if not isinstance(options, dict):
         return {}
-    return {str(letter).strip().upper(): str(text).strip() for letter, text in options.items() if str(text).strip()}
+    named = {str(letter).strip().upper(): str(text).strip() for letter, text in options.items() if str(text).strip()}
+    own = {letter: OWN_LETTER.match(text) for letter, text in named.items()}
+    if all(match and match[1] == letter for letter, match in own.items()):  # "A. 甲"
+        named = {letter: text[own[letter].end() :] for letter, text in named.items()}
+    return named
 
 
 def exam_prompts(questions: list[Question], tokenizer, system_prompt: str, thinking: bool = False) -> list[str]:

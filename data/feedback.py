@@ -1,7 +1,8 @@
 """What people say of a model's replies, one JSON object a line, and what of it is trained.
 
     {"id": ..., "time": ..., "model": ..., "model_sha256": ..., "settings": {...}, "messages": [...],
-     "verdict": "like" | "dislike" | "edit", "correction": {"content": ..., "reasoning_content": ...}, "reason": ...}
+     "verdict": "like" | "dislike" | "edit" | "withdrawn",
+     "correction": {"content": ..., "reasoning_content": ...}, "reason": ...}
 
 messages end with the reply; a later line with the same id takes the place of an earlier one. A correction is trained in
 the place of the reply, a liked reply with --train-liked, and nothing else. Earlier replies of a dialogue are not
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-VERDICTS = ("like", "dislike", "edit")
+VERDICTS = ("like", "dislike", "edit", "withdrawn")
 
 
 def append_feedback(path: Path, line: dict) -> None:
@@ -42,19 +43,24 @@ def is_feedback(row) -> bool:
 
 def newest(lines: list) -> list:
     """Of the lines with the same id the last one; rows of other kinds as they are. lines: (location, row)."""
-    last = {row.get("id"): location for location, row in lines if is_feedback(row)}
-    return [(location, row) for location, row in lines if not is_feedback(row) or last[row.get("id")] == location]
+    last = {key_of(location, row): location for location, row in lines}
+    return [(location, row) for location, row in lines if last[key_of(location, row)] == location]
+
+
+def key_of(location: str, row) -> tuple[str, str]:
+    """The reply that a line is about; a line without an id, or of another kind, stands for itself."""
+    name = row.get("id") if is_feedback(row) else None
+    return ("reply", name) if isinstance(name, str) and name else ("line", location)
 
 
 def correction_of(line: dict) -> dict | None:
     """The corrected reply as an assistant message; None without one, or if it is empty."""
     given = line.get("correction") or {}
-    if not isinstance(given, dict) or not str(given.get("content") or "").strip():
+    texts = [given.get(name) for name in ("content", "reasoning_content")] if isinstance(given, dict) else []
+    content, thinking = (text if isinstance(text, str) and text.strip() else None for text in (*texts, None, None)[:2])
+    if content is None:
         return None
-    message = {"role": "assistant", "content": given["content"]}
-    if str(given.get("reasoning_content") or "").strip():
-        message["reasoning_content"] = given["reasoning_content"]
-    return message
+    return {"role": "assistant", "content": content} | ({"reasoning_content": thinking} if thinking else {})
 
 
 def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
@@ -88,9 +94,11 @@ def take_feedback(read: list, train_liked: bool) -> tuple[list, list[str]]:
         "like": f"{{}} liked answers {liked}",
         "dislike": "{} disliked answers without a correction not trained",
         "edit": "{} empty corrections not trained",
+        "withdrawn": "{} withdrawn",
     }
     said = [text.format(counts[kind]) for kind, text in texts.items() if counts[kind]]
-    replaced = len(read) - len(rows) - counts["dislike"] - counts["edit"] - (0 if train_liked else counts["like"])
+    untrained = counts["dislike"] + counts["edit"] + counts["withdrawn"] + (0 if train_liked else counts["like"])
+    replaced = len(read) - len(rows) - untrained
     if replaced:
         said.append(f"{replaced} lines replaced by later ones")
     return rows, [f"feedback: {', '.join(said)}"]

@@ -104,8 +104,8 @@ class TrainConfig:
     # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam) to answer at evaluations, by the likelihood of the letter
     # after no thinking. Rows with one of their questions are not trained on.
     exam: tuple[str, ...] = may_change(())
-    # Answer them every N steps, a multiple of eval_steps (and before the first and after the last one); 0: at each
-    # evaluation.
+    # Answer them every N steps, a multiple of eval_steps, and before the first one and after step max_steps. 0: at
+    # each evaluation.
     exam_steps: int = may_change(0)
     # Stop after N evaluations in a row without a better loss; 0 never stops early.
     early_stopping_patience: int = may_change(3)

@@ -8,9 +8,10 @@ from accelerate.utils import gather_object
 
 from data.batches import Collated, rank_rows
 from data.dataset import Data
-from data.encode import Example, encode_turns, shorten_thinking, token_ids, turns_of
-from data.exam import LETTERS, Question, collate_exam, exam_prompts, exam_rows, read_exam
+from data.encode import Example, encode_turns, render_prompt, shorten_thinking, token_ids, turns_of
+from data.exam import LEFT_OUT, LETTERS, Question, collate_exam, exam_prompts, exam_rows, read_exam
 from loop.config import TrainConfig
+from loop.console import say
 from loop.evaluate import EvalMetrics, LossOfGroups, evaluate
 
 
@@ -55,6 +56,8 @@ class ThinkProbe:
         own = [[part for row in rows for part in own_parts(row, blank)] for rows in rank_rows(data.val, **packing)]
         self.own = LossOfGroups(own)
         changed = change_thinking(data, blank, config.max_length)
+        if not changed:
+            say("--think-probe measures nothing: fewer than two validation dialogues think")
         self.batches = {name: Collated(rank_rows(rows, **packing)) for name, rows in changed.items()}
 
     def losses(self, model, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
@@ -74,21 +77,15 @@ def own_parts(row: Example, blank: int) -> list[tuple[tuple[str, ...], int]]:
 def change_thinking(data: Data, blank: int, max_length: int) -> dict[str, list[Example]]:
     """The validation rows that think, without their thinking (none) and with that of the next one (other), their
     answers alone as targets. Empty if fewer than two rows think."""
-    kept = {row.location for row in data.val if row.num_think_targets}
-    turns = [
-        (location, messages)
-        for location, messages in turns_of(data.split.val)
-        if location in kept and "reasoning_content" in messages[-1]
-    ]
-    thoughts = [messages[-1]["reasoning_content"] for _, messages in turns]
-    if len(set(thoughts)) < 2:
-        return {}
+    turns = thinking_turns(data)
     none, other = [], []
     for index, (location, messages) in enumerate(turns):
         *before, reply = messages
         none.append((location, [*before, {"role": "assistant", "content": reply["content"]}]))
-        others = thoughts[index + 1 :] + thoughts
-        thought = next(thought for thought in others if thought != reply["reasoning_content"])
+        others = (said[-1]["reasoning_content"] for place, said in turns[index + 1 :] + turns if place != location)
+        thought = next((thought for thought in others if thought != reply["reasoning_content"]), None)
+        if thought is None:  # one dialogue alone
+            return {}
         other.append((location, [*before, {**reply, "reasoning_content": thought}]))
     other = [
         row if len(row) <= max_length else shorten_thinking(*turn, row, data.tokenizer, max_length) or row
@@ -100,6 +97,14 @@ def change_thinking(data: Data, blank: int, max_length: int) -> dict[str, list[E
     }
 
 
+def thinking_turns(data: Data) -> list[tuple[str, list[dict]]]:
+    """(location, messages up to it) of the turns in data.val that think; a turn that was dropped is in neither."""
+    kept = {(row.location, row.prompt_length) for row in data.val if row.num_think_targets}
+    turns = [turn for turn in turns_of(data.split.val) if "reasoning_content" in turn[1][-1]]
+    prompts = token_ids([render_prompt(messages, data.tokenizer) for _, messages in turns], data.tokenizer)
+    return [turn for turn, prompt in zip(turns, prompts, strict=True) if (turn[0], len(prompt)) in kept]
+
+
 def answer_alone(row: Example, blank: int) -> Example:
     start = row.answer_start + blank
     return Example(row.input_ids, start, start, row.location)
@@ -109,7 +114,8 @@ class LetterExam:
     """An exam by the likelihood of the letter after a closed block of thinking."""
 
     def __init__(self, data: Data, config: TrainConfig):
-        self.questions, _ = read_exam(config.exam)
+        self.questions, left_out = read_exam(config.exam)
+        say(f"exam: {len(self.questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
         self.tokenizer = data.tokenizer
         self.rows = exam_rows(exam_prompts(self.questions, data.tokenizer, config.system_prompt), data.tokenizer)
         self.packing = data.packing(config, config.per_device_eval_batch_size)

@@ -77,7 +77,11 @@ class Run:
         checkpoint, state = find_start(self.config)
         before = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
         step_files = record(self.folder, self.step_file, self.launch["optimizers"], before, state.step)
-        return checkpoint, state, {"step_files": step_files, "launches": launches_of(self.folder, launch_command())}
+        return (
+            checkpoint,
+            state,
+            {"step_files": step_files, "launches": launches_of(self.folder, launch_command(), state.step)},
+        )
 
     @property
     def has_same_optimizers(self) -> bool:

@@ -159,13 +159,13 @@ def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
     return dataclasses.replace(config, gradient_accumulation_steps=steps)
 
 
-def launches_of(output_dir: Path, command: str) -> list[dict]:
-    """Those in run.json, and the one that begins now: its command, when it began and when it ended, in UTC. A killed
-    one ended when its last row was written."""
+def launches_of(output_dir: Path, command: str, step: int) -> list[dict]:
+    """Those in run.json, and the one that begins now after `step` steps: its command, when it began and when it ended,
+    in UTC. A killed one ended when its last row was written."""
     before = read_run(output_dir).get("launches", []) if is_trained(output_dir) else []
     if before and "ended" not in before[-1] and (output_dir / "metrics.jsonl").exists():
         before[-1]["ended"] = utc(max(seconds_of(before[-1]["began"]), (output_dir / "metrics.jsonl").stat().st_mtime))
-    return [*before, {"command": command, "began": utc(time.time())}]
+    return [*before, {"command": command, "from_step": step, "began": utc(time.time())}]
 
 
 def utc(seconds: float) -> str:

@@ -63,17 +63,26 @@ def load_for_generation(model: str | Path, device: torch.device):
 
     Raises UserError if that is no model, or cannot be downloaded.
     """
-    folder = find_model(str(model))
+    folder, tokenizer = find_model(str(model)), chat_tokenizer(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=fast_dtype(device), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).to(device)
     except Exception as error:
         raise UserError(f"cannot load {model}: {one_line(error)}") from error
+    return causal_lm.eval(), tokenizer
+
+
+def chat_tokenizer(model: str | Path):
+    """A model's own tokenizer, without tokens that it would be trained with. Raises UserError if it cannot chat."""
+    folder = find_model(str(model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"cannot load {model}: {one_line(error)}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {model} has no chat template: it is no chat model")
-    return causal_lm.eval(), tokenizer
+    return tokenizer
 
 
 @contextmanager

@@ -49,6 +49,15 @@ def test_exams_in_their_own_columns(name, content, tmp_path):
     assert again == questions  # the order of the choices is drawn for each question, and stays
 
 
+def test_choices_that_name_others_stay_where_they_are():
+    """And a letter that stands in the text of its own choice is asked once."""
+    for last in ("以上都是", "A和B", "均正确"):
+        question = read_question({"question": "选", "options": ["甲", "乙", "丙", last], "answer": "D"}, "a")
+        assert question.choices == ("甲", "乙", "丙", last) and question.correct == 3
+    question = read_question({"question": "选", "options": ["A. 甲", "B. 乙", "C. 丙"], "answer": "B"}, "a")
+    assert sorted(question.choices) == ["丙", "乙", "甲"] and question.choices[question.correct] == "乙"
+
+
 def test_a_preference_for_a_letter_is_worth_a_guess(tmp_path):
     lines = "".join(f"{i},第{i}题,对{i},错{i},误{i},非{i},A\n" for i in range(2000))
     (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n" + lines, encoding="utf-8")
@@ -68,6 +77,10 @@ def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
     assert read_question({"question": "诊断是什么？", **choices}, "a")
     for row in ({"question": "看图诊断", "image": "a.png"}, {"question": "诊断？<img src='a.png'>"}):
         assert read_question({**row, **choices}, "a") is None
+    nine = {letter: letter for letter in "ABCDEFGHI"}
+    assert read_question({"question": "选", "option": nine, "answer": "A"}, "a") is None
+    objects = [{"key": ["A"], "value": "甲"}, {"key": "B", "value": "乙"}]
+    read_question({"question": "选", "options": objects, "answer": "B"}, "a")
     for options in (3, None, "no letters", [], {}):
         assert read_question({"question": "?", "options": options, "answer": "A"}, "a") is None
 

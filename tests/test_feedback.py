@@ -9,7 +9,7 @@ from conftest import SYSTEM, good_row, load
 
 from data.encode import encode_rows
 from data.errors import UserError
-from data.feedback import append_feedback, correction_of, take_feedback
+from data.feedback import append_feedback, correction_of, newest, take_feedback
 from tools.feedback import main as feedback
 from tools.feedback import pairs
 from tools.web import Page, Replies
@@ -138,6 +138,23 @@ def test_a_file_without_pairs_is_told(jsonl, rows, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools.feedback", str(jsonl(rows)), "--export", "trl"])
     with pytest.raises(SystemExit, match=message):
         feedback()
+
+
+def test_a_thumb_after_a_correction_leaves_it(tmp_path):
+    replies = Replies(Page("m", "zh", "", True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl"))
+    name = replies.begin(QUESTION, {})
+    replies.known[name]["answer"] = "多喝水。"
+    replies.rate(name, "edit", "", {"content": "先量血压。"})
+    for verdict in ("like", "withdrawn"):
+        replies.rate(name, verdict)
+        lines = [json.loads(text) for text in replies.page.feedback.read_text(encoding="utf-8").splitlines()]
+        rows, _ = take_feedback([(str(number), row) for number, row in enumerate(lines)], False)
+        assert [row["messages"][-1]["content"] for _, row in rows] == ["先量血压。"]
+
+
+def test_lines_without_an_id_stand_for_themselves():
+    lines = [(str(n), line(name, "edit", correction={"content": "好"})) for n, name in enumerate(("", None, ["x"], 5))]
+    assert len(newest(lines)) == 4
 
 
 def test_hostile_lines():

@@ -82,7 +82,11 @@ def test_the_probe_is_what_transformers_computes(probed, small_folder):
         dialogues.append(([*before, *turn], thinking))
     dialogues = [(messages, thinking) for messages, thinking in dialogues if thinking]
     assert len(dialogues) == 7
-    others = [thinking for _, thinking in dialogues[1:] + dialogues[:1]]
+    firsts = [messages[1]["content"] for messages, _ in dialogues]  # a row's two turns begin alike
+    others = [
+        next(dialogues[(i + k) % 7][1] for k in range(1, 7) if firsts[(i + k) % 7] != firsts[i]) for i in range(7)
+    ]
+    assert len(set(firsts)) == 6
     for name, given in {"own": [t for _, t in dialogues], "none": [None] * 7, "other": others}.items():
         pairs = [answer_loss(model, tokenizer, messages, thinking)
                  for (messages, _), thinking in zip(dialogues, given, strict=True)]  # fmt: skip

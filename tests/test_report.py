@@ -14,7 +14,7 @@ from runs import metrics_of
 
 from data.errors import UserError
 from data.source import SAMPLE
-from tools.answers import keyword_overlap, overlap, prescribes_alone, safety, sends_to_hospital
+from tools.answers import is_emergency, keyword_overlap, overlap, prescribes_alone, safety, sends_to_hospital
 from tools.compare_models import main as compare
 from tools.record import collapse, judge
 from tools.report import main as report
@@ -124,8 +124,51 @@ def test_several_runs_side_by_side(overfitted, tmp_path, tool):
     tool(report, folders[0], folders[2], "--language", "zh", "--out", tmp_path / "zh")
     text = (tmp_path / "zh/runs.md").read_text()
     assert f"| 最低评估损失 | **{losses[0]:.4f}** | {losses[2]:.4f} |" in text and "没有差别" in text
-    with pytest.raises(SystemExit, match="is no folder of a run"):
-        tool(report, folders[0], tmp_path)
+    for others, message in {
+        (tmp_path,): "is no folder of a run",
+        (overfitted,): "name one for runs.md and runs.png with --out",
+        (folders[0],): "one run is named twice",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            tool(report, folders[0], *others)
+
+
+@pytest.mark.parametrize(
+    ("probe", "sentence"),
+    [
+        (
+            (2.0, 2.5, 2.6),
+            "costs 0.5000 nats a token less than without, and 0.6000 less than with another row's. The ans",
+        ),
+        ((2.0, 2.5, 1.5), "The thinking does not help the answer"),
+        ((2.0, 2.5, 2.001), "is not clear"),
+        (("nan", "nan", "nan"), None),
+    ],
+)
+def test_what_the_report_says_of_thinking_and_of_an_exam(overfitted, tmp_path, probe, sentence):
+    """Both of which a launch may have begun in the middle of a run."""
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    late = [row for row in rows if "eval/loss" in row][1:]
+    for row in late:
+        row |= {f"think_probe/{name}": loss for name, loss in zip(("own", "none", "other"), probe, strict=True)}
+        row |= {"exam/accuracy": 0.25, "exam/questions": 400}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report(run).read_text()
+    assert (sentence in text) if sentence else ("Does the thinking help" not in text)
+    assert (
+        f"400 questions of multiple choice, of which the model answered right 25.0 % at step {late[0]['step']}" in text
+    )
+    assert "at most ±4.9 points" in text and "nan" not in text
+
+
+def test_a_run_without_training_rows_knows_its_epochs(overfitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(overfitted, run)
+    rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval/loss" in line]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert "(epoch 0.00), evaluation loss" not in write_report(run).read_text()
 
 
 def test_a_killed_run_is_reported_as_one(overfitted, tmp_path, tool):
@@ -228,6 +271,11 @@ def test_keywords_are_counted_as_words():
         ("马上拨打120。", True, False),
         ("建议尽快到心内科就诊。", True, False),
         ("不需要去急诊，在家观察。", False, False),
+        ("目前没有必要看急诊。", False, False),
+        ("如有不适及时就医。", True, False),
+        ("症状无改善应及时就诊。", True, False),
+        ("胰岛素抵抗与体重有关。", False, False),
+        ("剂量请听大夫的，二甲双胍先停。", False, False),
         ("多喝水，注意休息。", False, False),
         ("可以吃阿莫西林。", False, True),
         ("布洛芬每次0.2克，一天三次。", False, True),
@@ -239,6 +287,11 @@ def test_keywords_are_counted_as_words():
 )
 def test_the_rules_of_safety(answer, to_hospital, alone):
     assert sends_to_hospital(answer) == to_hospital and prescribes_alone(answer) == alone
+
+
+@pytest.mark.parametrize("question", ["不明原因昏迷", "无明显诱因胸痛", "无故晕倒", "不慎溺水", "没多久就昏迷了"])
+def test_what_is_an_emergency(question):
+    assert is_emergency(question) and not is_emergency("没有胸痛") and not is_emergency("无呼吸困难")
 
 
 def test_shares_of_safety():

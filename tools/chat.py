@@ -15,10 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 from data.errors import UserError
 from loop.checkpoint import fingerprints
 from loop.console import prepare_terminal
-from loop.run_folder import read_run
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
+from tools.record import name_of, run_of
 
 HELP = """\
 /clear         forget the dialogue
@@ -96,8 +96,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.feedback and not args.web:
         parser.error("--feedback needs --web")
-    if args.feedback and (args.feedback.is_dir() or not args.feedback.absolute().parent.is_dir()):
-        parser.error(f"--feedback {args.feedback} must name a file in a folder that exists")
+    if args.feedback and (args.feedback.suffix != ".jsonl" or not args.feedback.absolute().parent.is_dir()):
+        parser.error(f"--feedback {args.feedback} must name a .jsonl file in a folder that exists")
     if args.json and args.question is None:
         parser.error("--json needs --question")
     if args.question is not None and not args.question.strip():
@@ -112,20 +112,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         parser.error("--max-new-tokens is at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
     return args
-
-
-def run_of(model: str) -> dict:
-    """run.json of the run whose best/ a model is; empty if it is none."""
-    try:
-        return read_run(Path(model).resolve().parent)
-    except UserError:
-        return {}
-
-
-def name_of(model: str) -> str:
-    """To be shown: without the folders above, which are private."""
-    folder, run = Path(model), run_of(model)
-    return f"{run['run_name']}/{folder.resolve().name}" if run else folder.resolve().name if folder.exists() else model
 
 
 def sha256_of(folder: Path) -> str:

@@ -7,6 +7,8 @@ RUN_DIR/compare.
 
 import argparse
 import json
+import math
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,23 +20,22 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import rank_batches
 from data.encode import encode_rows
 from data.errors import UserError, cannot_import
-from data.formats import read_row
-from data.read import read_file
-from data.rows import Row
-from data.source import find_source
+from data.formats import Given
+from data.rows import Row, read_given
 from loop.console import prepare_terminal
 from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
+from loop.run_folder import read_run
 from loop.samples import prompts
 from model.export import system_prompt_of
 from model.generate import BATCH, Reply, fast_dtype, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
 from tools.answers import keyword_overlap, overlap, safety
+from tools.record import read_rows
 from tools.report import TEMPLATES
 
 PARTS = ("", "think_", "answer_")
-# name in the JSON -> what it is
 # name in the JSON -> what it is; * where lower is better
 MEASURES = {
     "loss": "loss, nats per token *",
@@ -90,12 +91,15 @@ def run() -> None:
     except ImportError as error:
         package = error.name if error.name in ("jieba", "sacrebleu") else "rouge_score"
         raise cannot_import(error, package, "compare") from None
-    args.dataset, args.out = places(args)
+    args.dataset, args.out, given = places(args)
     if (args.out / "compare.json").exists():
         raise SystemExit(f"tools.compare_models: {args.out} holds a comparison already; name another folder with --out")
     disable_progress_bar()
     _, tuned = map(find_model, args.models)
-    rows = read_rows(args.dataset, system_prompt_of(tuned) if args.system is None else args.system)
+    system = system_prompt_of(tuned) if args.system is None else args.system
+    rows = read_rows(args.dataset, system, given)
+    if not rows:
+        raise UserError(f"{args.dataset} has no rows")
     args.out.mkdir(parents=True, exist_ok=True)
     asked = rows[: args.num_rows]
     accelerator = Accelerator()
@@ -108,6 +112,7 @@ def run() -> None:
         references = [row.messages[-1]["content"] for row in asked]
         figures = losses | overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
         figures |= safety([row.messages[-2]["content"] for row in asked], answers)._asdict()
+        figures = {key: None if math.isnan(value) else value for key, value in figures.items()}  # NaN is no JSON
         results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
@@ -118,19 +123,22 @@ def run() -> None:
     print(f"answers side by side: {args.out / 'compare.md'}")
 
 
-def places(args: argparse.Namespace) -> tuple[str, Path]:
+def places(args: argparse.Namespace) -> tuple[str, Path, Given]:
     """The rows and the folder for what is written, where the command line does not name them: those of the run whose
-    best/ one of the models is, the second one first."""
-    runs = [folder for model in reversed(args.models) if is_run(folder := Path(model).resolve().parent)]
-    test = next((run / "data" / "test.jsonl" for run in runs if (run / "data" / "test.jsonl").exists()), None)
-    if args.dataset is None and test is None:
+    best/ one of the models is, the second one first; and which column is which in its rows."""
+    runs = [folder for model in reversed(args.models) if is_run(folder := Path(os.path.abspath(model)).parent)]
+    runs = [Path(os.path.relpath(folder)) for folder in runs]  # the folders above are private
+    tested = next((run for run in runs if (run / "data" / "test.jsonl").exists()), None)
+    if args.dataset is None and tested is None:
         raise UserError(
             "name rows that neither model was trained on with --dataset: a run with --test-fraction 0.1 keeps "
             "data/test.jsonl; data/val.jsonl chose the best model, which favours it there"
         )
     if args.out is None and not runs:
         raise UserError("neither model is the best/ of a run: name a folder for the figures with --out")
-    return args.dataset or str(test), args.out or runs[0] / "compare"
+    own = next((run for run in runs if Path(args.dataset or "").resolve().parent == (run / "data").resolve()), tested)
+    given = read_given(read_run(own).get("columns", ())) if own else ()
+    return args.dataset or str(tested / "data" / "test.jsonl"), args.out or runs[0] / "compare", given
 
 
 def is_run(folder: Path) -> bool:
@@ -145,21 +153,6 @@ def answer(model, tokenizer, rows: list[Row], max_new_tokens: int, name: str) ->
             replies += reply_to(model, tokenizer, asked[start : start + BATCH], max_new_tokens)
             bar.update(len(replies) - bar.n)
     return replies
-
-
-def read_rows(dataset: str, system_prompt: str) -> list[Row]:
-    """Every row of the file. Raises UserError naming the first that is unusable."""
-    rows = []
-    source = find_source(dataset)
-    for path in source.files:
-        for location, columns in read_file(path, path.name, source.part, []):
-            try:
-                rows.append(Row(location, columns, read_row(columns, system_prompt).messages))
-            except ValueError as reason:
-                raise UserError(f"{location} {reason}") from None
-    if not rows:
-        raise UserError(f"{dataset} has no rows")
-    return rows
 
 
 def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerator) -> dict[str, float]:
@@ -179,7 +172,12 @@ def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerato
 def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
     """Measure, first model, second model, difference."""
     a, b = report["models"]
-    return [(label, f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}") for key, label in MEASURES.items()]
+    return [
+        (label, "-", "-", "-")
+        if None in (a[key], b[key])
+        else (label, f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}")
+        for key, label in MEASURES.items()
+    ]
 
 
 def note(report: dict) -> str:

@@ -17,20 +17,20 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_rows
 from data.errors import UserError
-from data.exam import Question, exam_prompts, exam_rows, read_exam
+from data.exam import LEFT_OUT, Question, exam_prompts, exam_rows, read_exam
 from data.template import CLOSE, OPEN, opens_block
 from loop.console import prepare_terminal
 from loop.files import write_text
 from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
-from model.generate import fast_dtype, load_for_generation, reply_to
+from model.generate import chat_tokenizer, fast_dtype, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model
+from tools.record import name_of
 
 TOKENS = 2048  # laid end to end in one forward
 
@@ -61,7 +61,7 @@ def take(
 ) -> list[bool]:
     """Which questions a model answers right. system_prompt: instead of the one that it was trained with."""
     # Its own: a model that does not think is asked without a block.
-    tokenizer = AutoTokenizer.from_pretrained(find_model(name), local_files_only=True, trust_remote_code=False)
+    tokenizer = chat_tokenizer(name)
     system_prompt = system_prompt_of(find_model(name)) if system_prompt is None else system_prompt
     prompts = exam_prompts(questions, tokenizer, system_prompt, think)
     if think:
@@ -100,7 +100,7 @@ def scores_of(questions: list[Question], right: list[bool]) -> dict[str, Score]:
 
 def show(models: list[str], results: list[dict[str, Score]], p: float | None) -> None:
     table = Table()
-    for title in ("subject", "questions", *(Path(model).name for model in models)):
+    for title in ("subject", "questions", *map(name_of, models)):
         table.add_column(title, justify="left" if title == "subject" else "right", overflow="fold")
     for subject, first in results[0].items():
         cells = []
@@ -125,13 +125,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens is at least 1")
-    if args.out and args.out.exists():
-        parser.error(f"--out {args.out} exists; name another file")
+    if args.out and (args.out.exists() or not args.out.absolute().parent.is_dir()):
+        parser.error(f"--out {args.out} must be a new file in a folder that exists")
     disable_progress_bar()
     try:
         questions, left_out = read_exam(args.exam)
-        why = "for want of choices or of one right letter, or because they need a picture"
-        print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {why}" if left_out else ""))
+        print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
         accelerator = Accelerator()
         right = [take(model, questions, args.think, args.max_new_tokens, accelerator) for model in args.models]
         results = [scores_of(questions, answers) for answers in right]

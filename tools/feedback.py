@@ -64,6 +64,7 @@ def run() -> None:
         "like": "liked",
         "dislike": "disliked without a correction",
         "edit": "empty correction",
+        "withdrawn": "withdrawn",
     }
     print(
         f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])

@@ -70,7 +70,7 @@ class Canvas:
     def percent(self, axes) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
 
     def save(self, figure, path: Path) -> None:
         """With one legend under all panels, where it covers no data."""
@@ -87,7 +87,7 @@ class Canvas:
 
 
 def draw(folder: Path, record: Record, language: str) -> None:
-    """loss.png, parts.png and training.png; groups.png, think_probe.png and exam.png if there is something to show."""
+    """loss.png, parts.png and training.png; groups.png and think_probe.png if there is something to show."""
     folder.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(language)
     draw_losses(canvas, folder / "loss.png", record)

@@ -4,12 +4,17 @@ import json
 import math
 import re
 import statistics
-from datetime import datetime, timezone
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from data.errors import UserError
-from loop.run_folder import is_held, read_run, read_status
+from data.formats import Given, read_row
+from data.read import read_file
+from data.rows import Row, read_given
+from data.source import find_source
+from loop.run_folder import is_held, read_run, read_status, utc
 from model.generate import Reply, format_rates
 
 GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
@@ -73,13 +78,15 @@ class Record(NamedTuple):
 
     @property
     def launches(self) -> list[dict]:
-        return self.run.get("launches", [])
+        """Empty for a run that began before they were written down, even if a later launch is there."""
+        launches = self.run.get("launches", [])
+        return [] if launches and launches[0].get("from_step") else launches
 
     @property
     def wall_seconds(self) -> float | None:
-        """Of all launches, the one that goes on until now; None for a run from before they were written down."""
-        now = datetime.now(timezone.utc).isoformat()
-        spans = [(one.get("ended", now), one["began"]) for one in self.launches]
+        """Of all launches, one that goes on until now, a killed one until its last row; None if they are not known."""
+        last = time.time() if self.status == "running" else (self.folder / "metrics.jsonl").stat().st_mtime
+        spans = [(one.get("ended", utc(last)), one["began"]) for one in self.launches]
         seconds = [
             (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() for end, begin in spans
         ]
@@ -103,7 +110,8 @@ def read_record(run_dir: Path) -> Record:
     evaluations = [row for row in rows if "eval/loss" in row]
     if not any(math.isfinite(row["eval/loss"]) for row in evaluations):
         raise UserError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
-    epochs_per_step = train[-1]["train/epoch"] / train[-1]["step"] if train else 0.0
+    data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
+    epochs_per_step = 1 / math.ceil(data["train"]["examples"] / run["rows_per_step"])
     evaluations = [{**row, "epoch": row["step"] * epochs_per_step} for row in evaluations]
     samples = read_lines(run_dir / "samples.jsonl")
     answers = [sample for sample in samples if sample["model"] == "best"]
@@ -114,7 +122,7 @@ def read_record(run_dir: Path) -> Record:
     return Record(
         folder=run_dir,
         run=run,
-        data=json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8")),
+        data=data,
         launch=launch,
         status="killed" if status == "running" and not is_held(run_dir) else status,
         train=train,
@@ -166,6 +174,38 @@ def read_lines(path: Path) -> list[dict]:
         is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
         rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
     return rows
+
+
+def read_side(run_dir: Path, side: str) -> list[Row]:
+    """The rows of RUN_DIR/data/SIDE.jsonl as the run read them; none without the file."""
+    run, path = read_run(run_dir), run_dir / "data" / f"{side}.jsonl"
+    return read_rows(str(path), run["system_prompt"], read_given(run.get("columns", ()))) if path.exists() else []
+
+
+def read_rows(dataset: str, system_prompt: str, given: Given = ()) -> list[Row]:
+    """Every row of a dataset. Raises UserError naming the first that is unusable."""
+    rows, source = [], find_source(dataset)
+    for path in source.files:
+        for location, columns in read_file(path, path.name, source.part, []):
+            try:
+                rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
+            except ValueError as reason:
+                raise UserError(f"{location} {reason}") from None
+    return rows
+
+
+def run_of(model: str) -> dict:
+    """run.json of the run whose best/ a model is; empty if it is none."""
+    try:
+        return read_run(Path(model).resolve().parent)
+    except UserError:
+        return {}
+
+
+def name_of(model: str) -> str:
+    """To be shown: without the folders above, which are private."""
+    folder, run = Path(model), run_of(model)
+    return f"{run['run_name']}/{folder.resolve().name}" if run else folder.resolve().name if folder.exists() else model
 
 
 REPEATED = re.compile(r"(.{1,40}?)\1{7,}", re.DOTALL)

@@ -6,17 +6,18 @@ Several: runs.md and runs.png in the folder that holds them, or in --out.
 
 import argparse
 import dataclasses
-import os
+import math
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.errors import UserError
+from data.source import public_name
 from loop.config import TrainConfig
 from loop.console import prepare_terminal
 from loop.files import write_text
 from tools.plots import draw, draw_runs
-from tools.record import Record, collapse, read_record
+from tools.record import NOISE, Record, collapse, name_of, read_record
 
 NUM_ANSWERS = 5
 FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
@@ -38,6 +39,10 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def is_number(value) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "report_templates"),
     undefined=StrictUndefined,
@@ -46,8 +51,10 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters["quote"] = quote
 TEMPLATES.filters["duration"] = duration
+TEMPLATES.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")  # of a table
 # A run from before these were measured has none.
-TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if isinstance(share, float) else "-"
+TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if is_number(share) else "-"
+TEMPLATES.filters["loss"] = lambda loss: f"{loss:.4f}" if is_number(loss) else "-"
 
 
 def write_report(run_dir: Path, language: str | None = None) -> Path:
@@ -64,8 +71,9 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         shown=record.answers[:NUM_ANSWERS],
         rates=record.rates,
         few_rows=record.data["val"]["examples"] < FEW_ROWS,
-        has_exam=record.has_exam,
-        probed=[row for row in record.evaluations if "think_probe/own" in row],
+        examined=[row for row in record.evaluations if "exam/accuracy" in row],
+        probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
+        gains=gains(record),
         pictures=pictures,
     )
     draw(run_dir / pictures, record, language)
@@ -74,11 +82,26 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
     return path
 
 
+def gains(record: Record) -> tuple[float, float, str] | None:
+    """What the answers' own thinking saves against none and against another row's, in nats per token, at the best step
+    or else the last that was probed; and whether it helps: yes, no (it costs), or little (less than noise)."""
+    probed = [row for row in record.evaluations if is_number(row.get("think_probe/own"))]
+    if not probed:
+        return None
+    row = next((row for row in probed if row["step"] == record.verdict.best["step"]), probed[-1])
+    over_none, over_other = (row[f"think_probe/{name}"] - row["think_probe/own"] for name in ("none", "other"))
+    least, noise = min(over_none, over_other), NOISE * row["think_probe/own"]
+    return over_none, over_other, "yes" if least > noise else "no" if least < -noise else "little"
+
+
 def write_comparison(run_dirs: list[Path], language: str | None, out: Path | None) -> Path:
     """runs.md and runs.png of several runs. Raises UserError if one is no run or has no evaluation."""
     records = [read_record(run_dir) for run_dir in run_dirs]
     language = language or records[0].run.get("language", "zh")
-    out = out or Path(os.path.commonpath([run_dir.resolve().parent for run_dir in run_dirs]))
+    parents = {run_dir.resolve().parent for run_dir in run_dirs}
+    if out is None and len(parents) > 1:
+        raise UserError("these runs lie in different folders: name one for runs.md and runs.png with --out")
+    out = out or parents.pop()
     out.mkdir(parents=True, exist_ok=True)
     names = names_of(run_dirs)
     text = TEMPLATES.get_template(f"runs.{language}.md").render(
@@ -95,21 +118,29 @@ def write_comparison(run_dirs: list[Path], language: str | None, out: Path | Non
 def names_of(run_dirs: list[Path]) -> list[str]:
     """The folders' names, with their parents' if these are equal."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
-    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+    names = names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+    if len(set(names)) < len(names):
+        raise UserError("one run is named twice")
+    return names
 
 
 def different_settings(records: list[Record]) -> dict[str, list[str]]:
     """Setting -> its value in each run, if these differ. What a run wrote before a setting existed is its default."""
     defaults = dataclasses.asdict(TrainConfig())
     runs = [defaults | record.run for record in records]
-    found = {name: [show(run[name]) for run in runs] for name in defaults if name not in NAMES}
+    found = {name: [show(name, run[name]) for run in runs] for name in defaults if name not in NAMES}
     files = [" → ".join(f"{file['file']} ({file['sha256'][:8]})" for file in run["step_files"]) for run in runs]
     found |= {"step_file": files, "train_rows": [run["train_rows"] for run in runs]}
     found["val_rows"] = [run["val_rows"] for run in runs]
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
-def show(value) -> str:
+def show(name: str, value) -> str:
+    """Without the folders above a file, which are private."""
+    if name in ("dataset", "val_dataset", "exam", "exclude"):
+        return " ".join(map(public_name, value))
+    if name == "model":
+        return name_of(value)
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

@@ -31,9 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import Collated, rank_rows
 from data.encode import Example, encode_turns, shorten_thinking
 from data.errors import UserError
-from data.formats import read_row
-from data.read import read_file
-from data.rows import Row, read_given
+from data.rows import Row
 from loop.console import prepare_terminal
 from loop.evaluate import LossOfGroups, evaluate
 from loop.files import write_lines
@@ -41,6 +39,7 @@ from loop.run_folder import read_run
 from model.generate import fast_dtype
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
+from tools.record import read_side
 
 TOKENS = 2048  # laid end to end in one forward
 
@@ -50,18 +49,6 @@ class Losses(NamedTuple):
 
     think: list[float | None]
     answer: list[float]
-
-
-def read_side(run_dir: Path, side: str) -> list[Row]:
-    """The rows of RUN_DIR/data/SIDE.jsonl as the run read them; none without the file."""
-    run, path = read_run(run_dir), run_dir / "data" / f"{side}.jsonl"
-    given, rows = read_given(run.get("columns", ())), []
-    for location, columns in read_file(path, path.name, "", []) if path.exists() else ():
-        try:
-            rows.append(Row(location, columns, read_row(columns, run["system_prompt"], given).messages))
-        except ValueError as reason:
-            raise UserError(f"{location} {reason}") from None
-    return rows
 
 
 def load(name: str, run: dict, tokenizer, device: torch.device) -> SFTModel:
@@ -124,7 +111,8 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     if len(rows) < 2:
         raise UserError(f"{run_dir}/data has fewer than two rows")
     dialogues = [row for _, row in rows]
-    accelerator, own = Accelerator(), load_tokenizer(str(best))
+    accelerator, own, name = Accelerator(), load_tokenizer(str(best)), base or run["model"]
+    tokenizer = own if name == "tiny" else load_tokenizer(name)
     asked = [row.messages[-2]["content"] for row in dialogues]
     others = asked[len(asked) // 2 :] + asked[: len(asked) // 2]
 
@@ -134,8 +122,6 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     apart = losses_of(model, contexts.encode(others), accelerator, "best, other question")
     after_silent = losses_of(model, contexts.encode(thinking=False), accelerator, "best, own question, no thinking")
     apart_silent = losses_of(model, contexts.encode(others, False), accelerator, "best, other question, no thinking")
-    name = base or run["model"]
-    tokenizer = own if name == "tiny" else load_tokenizer(name)
     model = load(name, run, tokenizer, accelerator.device)
     before = losses_of(
         model, Contexts(dialogues, tokenizer, run["max_length"]).encode(), accelerator, "before training"
@@ -192,10 +178,11 @@ def show(lines: list[dict], number: int) -> None:
     if forgotten:
         tables["forgotten: the answer costs more than before training"] = forgotten
     for title, chosen in tables.items():
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", expand=True)
         for name in ("row", "suspect", "follows", "before", "after", "question", "answer"):
             is_text = name in ("row", "question", "answer")
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis")
+            width = {"min_width": 8, "ratio": 1} if name in ("question", "answer") else {"min_width": 7}
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis", **width)
         for line in chosen[:number]:
             figures = (line["suspect"], line["follows"], line["before"]["answer"], line["after"]["answer"])
             texts = (" ".join(line[name].split())[:40] for name in ("question", "answer"))

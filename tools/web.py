@@ -68,7 +68,9 @@ class Replies:
             "messages": [*reply["messages"], said],
             "verdict": verdict,
         }
-        line |= {"correction": correction} if correction else {}
+        # A thumb after a correction does not take it back.
+        reply["correction"] = correction or reply.get("correction")
+        line |= {"correction": reply["correction"]} if reply["correction"] else {}
         line |= {"reason": reason.strip()} if reason.strip() else {}
         append_feedback(self.page.feedback, line)
 
@@ -188,8 +190,10 @@ def add_feedback(gradio, chatbot, replies: Replies, text: dict) -> None:
         name = id_from(history, event.index)
         if replies.find(name) is None:
             raise gradio.Error(text["unknown"], title=text["error"])
-        write(gradio, lambda: replies.rate(name, "like" if event.liked else "dislike"), text)
-        return (*fill(name), gradio.Accordion(open=not event.liked))
+        # Taking a thumb back sends an empty text.
+        verdict = {True: "like", False: "dislike"}.get(event.liked, "withdrawn")
+        write(gradio, lambda: replies.rate(name, verdict), text)
+        return (*fill(name), gradio.Accordion(open=verdict == "dislike"))
 
     def last(history: list[dict], name: str | None) -> tuple:
         if replies.find(name):  # opened by a thumb, or again: what is being written stays
