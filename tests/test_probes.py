@@ -38,7 +38,7 @@ def probed(small_folder, tmp_path_factory):
 
     def metrics(strategy: str) -> list[dict]:
         if strategy not in found:
-            args = ["tiny", "--model", small_folder, "--dataset", folder / "train.jsonl", "--system-prompt", "医生"]
+            args = ["tiny", "--model", small_folder, "--dataset", folder / "train.jsonl", "--system-prompt", ""]
             args += ["--val-dataset", folder / "val.jsonl", "--think-probe", "--exam", folder / "exam.csv"]
             args += ["--max-steps", 4, "--eval-steps", 1, "--exam-steps", 2, "--num-samples", 0, "--save-steps", 99]
             if strategy != "one":
@@ -75,14 +75,14 @@ def test_the_probe_is_what_transformers_computes(probed, small_folder):
     for line in (probed.folder / "one/data/val_format.jsonl").read_text(encoding="utf-8").splitlines():
         shown = json.loads(line)
         thinking, answer = shown["output"].removeprefix("<think>\n").split("\n</think>\n\n")
-        before = [{"role": "system", "content": shown["instruction"]}]
+        before = []
         for question, reply in shown.get("history", []):
             before += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         turn = [{"role": "user", "content": shown["input"]}, {"content": answer}]
         dialogues.append(([*before, *turn], thinking))
     dialogues = [(messages, thinking) for messages, thinking in dialogues if thinking]
     assert len(dialogues) == 7
-    firsts = [messages[1]["content"] for messages, _ in dialogues]  # a row's two turns begin alike
+    firsts = [messages[0]["content"] for messages, _ in dialogues]  # a row's two turns begin alike
     others = [
         next(dialogues[(i + k) % 7][1] for k in range(1, 7) if firsts[(i + k) % 7] != firsts[i]) for i in range(7)
     ]
@@ -99,7 +99,7 @@ def test_the_exam_of_a_run_is_that_of_the_tool(probed, small_folder):
     rows = probed("one")
     assert [row["step"] for row in rows if "exam/accuracy" in row] == [0, 2, 4]
     questions, _ = read_exam([str(probed.folder / "exam.csv")])
-    right = take(str(small_folder), questions, False, 4, Accelerator(), system_prompt="医生")
+    right = take(str(small_folder), questions, False, 4, Accelerator())
     assert rows[0]["exam/accuracy"] == sum(right) / 9
 
 

@@ -51,19 +51,11 @@ class Score(NamedTuple):
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def take(
-    name: str,
-    questions: list[Question],
-    think: bool,
-    max_new_tokens: int,
-    accelerator: Accelerator,
-    system_prompt: str | None = None,
-) -> list[bool]:
-    """Which questions a model answers right. system_prompt: instead of the one that it was trained with."""
+def take(name: str, questions: list[Question], think: bool, max_new_tokens: int, accelerator) -> list[bool]:
+    """Which questions a model answers right, after the system prompt that it was trained with."""
     # Its own: a model that does not think is asked without a block.
     tokenizer = chat_tokenizer(name)
-    system_prompt = system_prompt_of(find_model(name)) if system_prompt is None else system_prompt
-    prompts = exam_prompts(questions, tokenizer, system_prompt, think)
+    prompts = exam_prompts(questions, tokenizer, system_prompt_of(find_model(name)), think)
     if think:
         causal_lm, _ = load_for_generation(name, accelerator.device)
         replies = reply_to(causal_lm, tokenizer, prompts, max_new_tokens)
