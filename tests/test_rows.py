@@ -12,7 +12,7 @@ from ranks import run
 from runs import metrics_of
 
 from data.source import SAMPLE
-from tools.rows import beyond
+from tools.rows import beyond, standard
 from tools.rows import main as study
 
 
@@ -69,14 +69,18 @@ def test_what_cannot_be_studied_is_told(studied, tmp_path):
 
 
 def test_what_is_beyond_the_expected():
-    """A text that is hard everywhere is no suspect, one that is hard in its place alone is."""
+    """A text that is hard everywhere is no suspect, one that is hard in its place alone is; each side for itself."""
     elsewhere = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, None]
     losses = [0.5, 1.01, 1.49, 2.0, 2.51, 3.7, 3.5, None]
-    found = beyond(losses, elsewhere)
+    rests = beyond(losses, elsewhere)
+    found = standard(rests, ["train"] * 8)
     assert max(range(8), key=found.__getitem__) == 5 and found[5] > 3 and found[7] == -math.inf
     assert max(abs(found[n]) for n in (0, 1, 2, 3, 4, 6)) < 3
-    assert beyond([None, 1.0], [None, 2.0]) == [-math.inf, 0.0]
-    assert beyond([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]) == [0.0] * 5
+    assert beyond([None, 1.0], [None, 2.0]) == [None, 0.0]
+    assert standard([1.0, 2.0, 3.0, 11.0, 12.0, 13.0], ["train"] * 3 + ["val"] * 3) == pytest.approx(
+        [-1 / 1.4826, 0.0, 1 / 1.4826] * 2
+    )
+    assert standard([1.0] * 5, ["train"] * 5) == [0.0] * 5 and standard([None], ["val"]) == [-math.inf]
 
 
 def area(scores: list[tuple[float, bool]]) -> float:

@@ -6,8 +6,8 @@ RUN_DIR/rows.jsonl gets all rows, the most suspect first, with these figures, in
 
 before, after  loss of thinking and answer, of the model before training and of best/
 follows        how much less the answer costs after its own question than after another row's, both without thinking
-suspect        how much more the thinking or the answer costs best/ than what the same text after another row's question
-               lets expect, in standard deviations over all rows; the worse of the two parts
+suspect        the worst of three signs, in standard deviations from the median: the thinking, or the answer, costs more
+               than the same text after another row's question lets expect; the answer does not follow
 
 --suspects N writes the first N to RUN_DIR/suspects.jsonl: `train.py --exclude RUN_DIR/suspects.jsonl` trains without
 them. A model that was trained for too long knows its wrong rows by heart; look at a run that ends where it turns.
@@ -126,14 +126,21 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     before = losses_of(
         model, Contexts(dialogues, tokenizer, run["max_length"]).encode(), accelerator, "before training"
     )
-    suspects = map(max, beyond(after.think, apart.think), beyond(after.answer, apart_silent.answer))
+    sides = [side for side, _ in rows]
+    follows = [other - own for other, own in zip(apart_silent.answer, after_silent.answer, strict=True)]
+    signs = (
+        beyond(after.think, apart.think),
+        beyond(after.answer, apart_silent.answer),
+        [-gain for gain in follows],
+    )
+    suspects = map(max, *(standard(sign, sides) for sign in signs))
 
     lines = [
         {
             "location": row.location,
             "side": side,
             "suspect": suspect,
-            "follows": apart_silent.answer[n] - after_silent.answer[n],
+            "follows": follows[n],
             "before": {"think": before.think[n], "answer": before.answer[n]},
             "after": {"think": after.think[n], "answer": after.answer[n]},
             "question": asked[n],
@@ -145,21 +152,28 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     return sorted(lines, key=lambda line: -line["suspect"])
 
 
-def beyond(losses: list[float | None], elsewhere: list[float | None]) -> list[float]:
-    """How much each loss is above the line through all of (elsewhere, losses), in standard deviations, which are
-    estimated from the median so that wrong rows do not hide each other. A text that is hard anywhere is no suspect.
-    -inf for a row without a loss, and 0 if there are too few to tell."""
+def beyond(losses: list[float | None], elsewhere: list[float | None]) -> list[float | None]:
+    """How much each loss is above the line through all of (elsewhere, losses): a text that is hard anywhere is no
+    suspect. None for a row without a loss."""
     known = [n for n, loss in enumerate(losses) if loss is not None]
-    found = [-math.inf if loss is None else 0.0 for loss in losses]
     xs, ys = [elsewhere[n] for n in known], [losses[n] for n in known]
-    if len(set(xs)) < 3:
-        return found
+    if len(set(xs)) < 2:
+        return [None if loss is None else 0.0 for loss in losses]
     line = statistics.linear_regression(xs, ys)
-    rests = [y - line.slope * x - line.intercept for x, y in zip(xs, ys, strict=True)]
-    middle = statistics.median(rests)
-    deviation = 1.4826 * statistics.median(abs(rest - middle) for rest in rests)
-    for n, rest in zip(known, rests, strict=True):
-        found[n] = (rest - middle) / deviation if deviation else 0.0
+    return [None if y is None else y - line.slope * x - line.intercept for x, y in zip(elsewhere, losses, strict=True)]
+
+
+def standard(values: list[float | None], sides: list[str]) -> list[float]:
+    """In standard deviations from the median of the same side, because rows that were trained cost less than held-out
+    ones. The deviations are estimated from the median too, so that wrong rows do not hide each other. -inf without a
+    value, 0 if there are too few to tell."""
+    found = [-math.inf] * len(values)
+    for side in set(sides):
+        known = [n for n, value in enumerate(values) if sides[n] == side and value is not None]
+        middle = statistics.median(values[n] for n in known) if known else 0.0
+        deviation = 1.4826 * statistics.median(abs(values[n] - middle) for n in known) if known else 0.0
+        for n in known:
+            found[n] = (values[n] - middle) / deviation if deviation else 0.0
     return found
 
 
