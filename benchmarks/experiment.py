@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from loop.command_line import parse_config  # noqa: E402
 from loop.run_folder import read_run, read_status  # noqa: E402
-from tools.report import read_lines  # noqa: E402
+from tools.record import read_lines  # noqa: E402
 
 
 def main() -> None:

@@ -35,11 +35,13 @@ def question_key(text: str) -> str:
 class Exam:
     """The questions of --exclude and --exam: a whole question, a line of one, or a part that is long enough to tell."""
 
-    def __init__(self, files: Iterable[str], given: Given = ()):
+    def __init__(self, files: Iterable[str], given: Given = (), taken: Iterable[str] = ()):
+        """taken: the files of --exam."""
         self.whole: set[str] = set()
         self.long: dict[str, list[str]] = defaultdict(list)
-        for name in files:
-            for question in {question_key(text) for text in read_questions(name, given)} - {""} - self.whole:
+        for flag, name in [("--exclude", name) for name in files] + [("--exam", name) for name in taken]:
+            found = {question_key(text) for text in read_questions(name, given, flag)}
+            for question in found - {""} - self.whole:
                 self.whole.add(question)
                 if len(question) >= SEED:
                     self.long[question[:SEED]].append(question)
@@ -65,7 +67,7 @@ def cuts_a_number(text: str, begin: int, end: int) -> bool:
     return any(0 < at < len(text) and text[at - 1].isdigit() and text[at].isdigit() for at in (begin, end))
 
 
-def read_questions(name: str, given: Given) -> Iterator[str]:
+def read_questions(name: str, given: Given, flag: str) -> Iterator[str]:
     """What the user would say in each row of an exam, with its choices and without. Raises UserError if a row has no
     question, because the exam would then be trained on unnoticed."""
     source = find_source(name)
@@ -76,8 +78,7 @@ def read_questions(name: str, given: Given) -> Iterator[str]:
                     raise ValueError(columns if isinstance(columns, str) else "is not an object")
                 yield from questions_of(Columns(columns, given))
             except ValueError as reason:
-                text = f"{name}, whose questions must not be trained on: {location} {reason}"
-                raise UserError(f"{text}; --columns question=COLUMN names it") from None
+                raise UserError(f"{flag} {name}: {location} {reason}; --columns question=COLUMN names it") from None
 
 
 def questions_of(row: Columns) -> Iterator[str]:

@@ -54,7 +54,7 @@ def load_split(config) -> Split:
         sets.append(about)
     check_columns(given, sets)
 
-    exam = Exam([*config.exclude, *config.exam], given)
+    exam = Exam(config.exclude, given, config.exam)
     # A held-out side keeps a shared question: the evaluation stays what the split says it is.
     held = HeldOut(exam)
     test = held.without(without_repeats(parts["test"], problems), "test", problems)

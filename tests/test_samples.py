@@ -25,7 +25,7 @@ from loop.step import train_step
 from loop.tracking import Tracker, keep_rows
 from model.export import export
 from model.generate import Reply, format_rates, ready_to_generate, reply_to, split_reply
-from tools.report import read_lines
+from tools.record import read_lines
 
 
 def plain_logits(causal_lm, example):
