@@ -1,6 +1,8 @@
 """Whole runs of train.py in forked processes: one process, DDP or FSDP2 on a CPU, with faults put in."""
 
+import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -32,6 +34,19 @@ def start_server() -> None:
         os.environ["PYTHONPATH"] = path
 
 
+# Each worker of pytest-xdist has its own, below those that the system gives to connections: a port that is free now
+# must still be free when the first rank listens on it.
+FIRST = 20_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 6)
+PORTS = itertools.cycle(range(FIRST, FIRST + 2_000))
+
+
+def free_port() -> int:
+    while True:
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port := next(PORTS)))
+            return port
+
+
 class Outcome(NamedTuple):
     codes: list[int]  # exit status of each rank; -9 where it was killed
     output: str  # stdout and stderr of all ranks
@@ -46,9 +61,7 @@ class Ranks:
         world = 1 if strategy == "one" else 2 if strategy == "fsdp2" else int(strategy.removeprefix("ddp"))
         variables = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
         if world > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             variables |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         start_server()
         self.log = Path(log or os.devnull)
