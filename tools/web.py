@@ -146,6 +146,7 @@ def build(gradio, causal_lm, tokenizer, page: Page):
             additional_inputs_accordion=gradio.Accordion(text["settings"], open=False, render=False),
             examples=[[question] for question in text["questions"]],
             cache_examples=False,
+            show_progress="hidden",
             api_visibility="private",
         )
         if page.feedback:
