@@ -13,8 +13,10 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be a pool of pro
 for name in ("SWANLAB_API_KEY", "SWANLAB_PROJECT", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job in the background; tests send it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# As in a job in the background, or under nohup; tests send them.
+for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), default)
 
 import pytest
 import small  # noqa: F401
