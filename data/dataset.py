@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from data.batches import Batch, Collated, MicroBatch, rank_rows, step_batch, steps_per_epoch
-from data.encoded import Encoded, encode_split
+from data.encoded import Encoded, Wordings, encode_split
 from data.split import Split, load_split
 
 
@@ -16,6 +16,7 @@ class Data:
     tokenizer: object
     train: Encoded
     val: Encoded
+    wordings: Wordings
     rank: int
     world_size: int
 
@@ -28,7 +29,8 @@ class Data:
     def batch(self, step: int, config) -> Batch:
         """What the update after `step` completed steps trains on."""
         packing = self.packing(config, config.per_device_train_batch_size)
-        return step_batch(step, self.train, rows_per_step=self.rows_per_step(config), seed=config.seed, **packing)
+        examples = self.wordings.in_epoch(step // self.steps_per_epoch(config))
+        return step_batch(step, examples, rows_per_step=self.rows_per_step(config), seed=config.seed, **packing)
 
     def eval_batches(self, config) -> Sequence[MicroBatch]:
         return Collated(rank_rows(self.val, **self.packing(config, config.per_device_eval_batch_size)))
@@ -54,5 +56,5 @@ def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:
     """make_tokenizer: from the texts of the training rows. Raises UserError if nothing can be trained on."""
     split = load_split(config)
     tokenizer = make_tokenizer(split.texts())
-    train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
-    return Data(split, tokenizer, train, val, rank, world_size)
+    train, val, wordings = encode_split(split, tokenizer, config.max_length, config.overlong)
+    return Data(split, tokenizer, train, val, wordings, rank, world_size)

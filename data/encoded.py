@@ -47,7 +47,46 @@ class Encoded(Sequence):
         return Example(ids, prompt_length, answer_start, self.rows[row].location)
 
 
-def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[Encoded, Encoded]:
+class Wordings:
+    """Other wordings of training examples, which came from the rewrites of their rows."""
+
+    def __init__(self, train: Encoded, rewrites: Encoded, owners: list[int]):
+        """owners: of each row of rewrites the number of the row in train that it rewrites."""
+        self.train, self.rewrites = train, rewrites
+        places = {row: place for place, row in enumerate(train.spans[:, 3].tolist())} if owners else {}
+        self.numbers: dict[int, list[int]] = {}  # place in train -> numbers in rewrites
+        for number, row in enumerate(rewrites.spans[:, 3].tolist()):
+            if (place := places.get(owners[row])) is not None:
+                self.numbers.setdefault(place, []).append(number)
+
+    def in_epoch(self, epoch: int) -> Sequence[Example]:
+        """As many examples as without rewrites: of each one wording, in the next epoch the next one. The examples do
+        not all begin with their first wording, so each epoch has some of each."""
+        return InEpoch(self, epoch) if self.numbers else self.train
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """(n,) tokens of the longest wording of each example."""
+        lengths = self.train.lengths.copy()
+        for place, numbers in self.numbers.items():
+            lengths[place] = max(lengths[place], self.rewrites.lengths[numbers].max())
+        return lengths
+
+
+class InEpoch(Sequence):
+    def __init__(self, wordings: Wordings, epoch: int):
+        self.wordings, self.epoch = wordings, epoch
+
+    def __len__(self) -> int:
+        return len(self.wordings.train)
+
+    def __getitem__(self, index: int) -> Example:
+        numbers = self.wordings.numbers.get(index, [])
+        wording = (index + self.epoch) % (1 + len(numbers))
+        return self.wordings.rewrites[numbers[wording - 1]] if wording else self.wordings.train[index]
+
+
+def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[Encoded, Encoded, Wordings]:
     """The Examples of train and val; completes split.report with token counts. Raises UserError if one is empty."""
     sides = []
     for name, rows in (("train", split.train), ("val", split.val)):
@@ -57,7 +96,10 @@ def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tup
         if not encoded:
             raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
         sides.append(encoded)
-    return sides[0], sides[1]
+    reworded = [(number, row) for number, owner in enumerate(split.train) for row in owner.reworded]
+    rewrites, problems = encode_all([row for _, row in reworded], tokenizer, max_length, overlong)
+    split.report["problems"] += problems
+    return sides[0], sides[1], Wordings(sides[0], rewrites, [number for number, _ in reworded])
 
 
 def encode_all(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tuple[Encoded, list[dict]]:

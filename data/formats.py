@@ -17,6 +17,7 @@ COLUMNS = {
     "context": [{"context", "passage", "description", "病情描述"}],
     "question": [{"question", "query", "problem", "ask", "问题", "提问"}, {"prompt"}, {"instruction"}, {"input"}],
     "options": [{"option", "options", "选项"}],
+    "rewrites": [{"rewrites"}],
     "think": [
         {"think", "thinking", "thought", "reasoning", "reasoning_content", "reasoning_reasoning_content", "complex_cot",
          "cot", "chain_of_thought", "思考", "思考过程", "推理", "推理过程"},
@@ -44,6 +45,7 @@ class Dialogue(NamedTuple):
     used: dict[str, str]  # column -> what it became
     unused: list[str]  # columns and message keys that hold something and are in no message
     notes: list[tuple[str, str]]  # (what was odd, what was done)
+    rewrites: tuple[str, ...] = ()  # other wordings of the question, of which each epoch trains one
 
 
 def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialogue:
@@ -84,9 +86,9 @@ def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialo
     messages = [clean(message, notes) for message in messages]
     if not any(message.get("loss", True) for message in messages if message["role"] == "assistant"):
         raise ValueError("has no turn to train: `loss` is false in all of them")
-    return Dialogue(
-        messages, row.used, [*(name for name in row.filled if name not in row.used), *sorted(unused)], notes
-    )
+    rewrites = read_rewrites(row, [message["content"] for message in messages if message["role"] == "user"])
+    unused = [*(name for name in row.filled if name not in row.used), *sorted(unused)]
+    return Dialogue(messages, row.used, unused, notes, rewrites)
 
 
 class Columns:
@@ -179,6 +181,22 @@ def read_answer(row: Columns, unused: set[str]) -> list[dict]:
     if answer is None:
         raise row.missing("answer")
     return read_messages(answer, name, unused) if is_dialogue(answer) else [assistant(answer, name)]
+
+
+def read_rewrites(row: Columns, asked: list[str]) -> tuple[str, ...]:
+    """Other wordings of the one question, each once; a dialogue of several turns has none."""
+    value = row.take("rewrites")
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = from_text(value.strip(), "rewrites") if value.lstrip()[:1] == "[" else [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("`rewrites` is not a list of texts")
+    if len(asked) > 1:
+        row.notes.append(("has rewrites of a dialogue with several questions", "rewrites not used"))
+        return ()
+    texts = dict.fromkeys(text.strip() for text in value if text.strip())
+    return tuple(text for text in texts if text != asked[0])
 
 
 def is_dialogue(value) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from data.errors import UserError
-from data.leaks import Exam
+from data.leaks import Exam, question_key
 from data.rows import Row, check_columns, read_given, read_set
 
 MAX_GROUPS = 20  # values of --group-by with a loss of their own; the rest is one more
@@ -62,6 +62,7 @@ def load_split(config) -> Split:
     val = held.without(without_repeats(parts["val"], problems), "val", problems)
     held.add(val, "validation")
     train = held.without(without_repeats(parts["train"], problems), "train", problems)
+    train = [held.without_rewrites(row, problems) for row in train]
     split = Split(train, val, make_report(config, sets, train, val, test, problems), test)
     split.labels = find_labels(val, config.group_by)
     split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
@@ -142,6 +143,21 @@ class HeldOut:
             problems.append({"location": row.location, "problem": problem, "action": action})
         return kept
 
+    def without_rewrites(self, row: Row, problems: list[dict]) -> Row:
+        """The row without wordings that are held out."""
+        kept = []
+        for rewrite in row.rewrites:
+            if shared := self.begun.get(question_key(rewrite)):
+                problems.append(
+                    {"location": row.location, "problem": f"a rewrite is also {shared}", "action": "rewrite removed"}
+                )
+            elif self.exam.holds([rewrite]):
+                problem = "a rewrite is in a file of --exclude or --exam"
+                problems.append({"location": row.location, "problem": problem, "action": "rewrite removed"})
+            else:
+                kept.append(rewrite)
+        return dataclasses.replace(row, rewrites=tuple(kept)) if row.rewrites else row
+
 
 def make_report(
     config, sets: list[dict], train: list[Row], val: list[Row], test: list[Row], problems: list[dict]
@@ -161,6 +177,8 @@ def make_report(
         "train_rows": len(train),
         "val_rows": len(val),
         "test_rows": len(test),
+        "rewritten_rows": sum(bool(row.rewrites) for row in train),
+        "rewrites": sum(len(row.rewrites) for row in train),
         "datasets": sets,
         "problems": problems,
     }

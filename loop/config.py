@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 # What a column of a dataset can be; data/formats.py has the names by which it is told.
-ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options")
+ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options", "rewrites")
 
 
 def may_change(default):

@@ -47,7 +47,7 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     config = dataclasses.replace(config, max_steps=max_steps, compile=compiled)
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
-    plans = plan_all(config, outline, data.train.lengths.tolist(), device, shards)
+    plans = plan_all(config, outline, data.wordings.lengths.tolist(), device, shards)
     plan = choose(plans, config.memory, device, available, config.dry_run)
     config = dataclasses.replace(
         config,

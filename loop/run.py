@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ class Run:
         self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
         self.info = dataclasses.asdict(config) | {
             "rows_per_step": data.rows_per_step(config),
-            "train_rows": f"{len(data.train):,} with sha256 {digest(data.train)}",
+            "train_rows": f"{len(data.train):,} with sha256 {digest(chain(data.train, data.wordings.rewrites))}",
             "val_rows": f"{len(data.val):,} with sha256 {digest(data.val)}",
             "weights": str(PROFILES[config.memory].weights),
             **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},

@@ -173,7 +173,7 @@ def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, caps
     config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
     state = TrainState("id")
     tracker = Tracker(config, state, {})
-    samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, state)
+    samples = Samples(config, Data(split, tokenizer, examples, examples, None, 0, 1), tracker, state)
     samples.path = tmp_path / "no folder" / "samples.jsonl"
     samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])
     assert "warning" in capsys.readouterr().err

@@ -59,8 +59,8 @@ def load(name: str, run: dict, tokenizer, device: torch.device) -> SFTModel:
     return SFTModel(causal_lm, loss_chunk=1024).to(device)
 
 
-def losses_of(model: SFTModel, rows: list[Example], accelerator: Accelerator, what: str) -> Losses:
-    """Of rows that each have a place of their own. what: for the bar."""
+def losses_of(model: SFTModel, rows: list[Example], accelerator: Accelerator, what: str = "") -> Losses:
+    """Of rows that each have a place of their own. what: shown beside a bar."""
     groups = rank_rows(rows, batch_size=1, micro_batch_tokens=TOKENS)
     labels = [
         [
@@ -71,7 +71,7 @@ def losses_of(model: SFTModel, rows: list[Example], accelerator: Accelerator, wh
         for group in groups
     ]
     parts = LossOfGroups(labels)
-    with tqdm(total=len(groups), desc=what, disable=None) as bar:
+    with tqdm(total=len(groups), desc=what, disable=None if what else True) as bar:
         evaluate(model, Collated(groups), accelerator, check=bar.update, each=parts.add)
     means = parts.means()
     thinks = [means[f"{row.location}/think"] if row.num_think_targets else None for row in rows]

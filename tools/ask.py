@@ -1,0 +1,181 @@
+"""Many replies of a model, local or behind an OpenAI-compatible endpoint, and a file of lines that are made from them.
+
+What was made is in the file at once. A file that was cut off goes on where it ended.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.errors import UserError, cannot_import, one_line
+from data.rows import Row, read_given
+from data.template import generation_prompt
+from data.texts import split_thinking
+from loop.config import TrainConfig
+from loop.run_folder import read_run
+from model.generate import Reply, chat_tokenizer, ready_to_generate, reply_to
+from model.loss import SFTModel
+from tools.record import read_rows, read_side
+
+CHUNK = 16  # rows at a time
+MAX_USELESS = 64  # rows in a row of which nothing can be used: then something is wrong
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", metavar="ROWS", help="a run's folder (its training rows), or a dataset as in train.py")
+    parser.add_argument("--model", help="a folder or a ModelScope id; default: the model that the run began with")
+    parser.add_argument("--url", help="an OpenAI-compatible endpoint that answers, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--url-model", metavar="NAME", help="its name of the model; OPENAI_API_KEY is its key")
+    parser.add_argument("--columns", nargs="+", default=[], help="which column is which, as in train.py")
+    parser.add_argument("--out", type=Path, help="a new .jsonl file")
+    parser.add_argument("--resume", action="store_true", help="go on with a file that was cut off")
+
+
+def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
+    """The rows that args name, and the settings of their run; fills in args.model and args.out. name: of the file in
+    a run's folder. Raises UserError."""
+    folder = Path(args.rows)
+    is_run = (folder / "run.json").is_file()
+    run = read_run(folder) if is_run else {"system_prompt": TrainConfig.system_prompt, "max_length": 2048, "seed": 0}
+    given = read_given(args.columns)
+    rows = read_side(folder, "train") if is_run else read_rows(args.rows, run["system_prompt"], given)
+    args.model = args.model or run.get("model")
+    args.out = args.out or (folder / name if is_run else None)
+    if not args.model or not args.out:
+        raise UserError(f"{args.rows} is no run: name the model with --model and a file with --out")
+    if not rows:
+        raise UserError(f"{args.rows} has no training rows")
+    if (args.url is None) != (args.url_model is None):
+        raise UserError("--url and --url-model come together: where the endpoint is, and what it calls the model")
+    return rows, run
+
+
+class Local:
+    """A model of this process."""
+
+    def __init__(self, name: str, model: SFTModel, tokenizer):
+        """tokenizer: that of training, for `tiny`; others are asked in their own form, which may have no thinking."""
+        self.causal_lm = model.causal_lm
+        self.tokenizer = tokenizer if name == "tiny" else chat_tokenizer(name)
+
+    def ask(
+        self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, seed: int, **sampling
+    ) -> list[Reply]:
+        """Drawn with the model's own generation_config, but for sampling."""
+        torch.manual_seed(seed)
+        own = self.causal_lm.generation_config
+        own = {name: getattr(own, name) for name in ("temperature", "top_k", "top_p")}
+        sampling = {"do_sample": True, **own, **sampling}
+        prompts = [generation_prompt(dialogue, self.tokenizer, thinking) for dialogue in dialogues]
+        with ready_to_generate(self.causal_lm):
+            return reply_to(
+                self.causal_lm,
+                self.tokenizer,
+                prompts,
+                max_new_tokens,
+                generate=lambda **inputs: self.causal_lm.generate(**(inputs | sampling)),
+            )
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint; it thinks or not as it pleases."""
+
+    def __init__(self, url: str, model: str):
+        try:
+            import openai
+        except ImportError as error:
+            raise cannot_import(error, "openai", "endpoint") from None
+        self.url, self.model, self.failure = url, model, openai.OpenAIError
+        # Failed requests are made again, with pauses.
+        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=3)
+
+    def ask(self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, **sampling) -> list[Reply]:
+        """Raises UserError if the endpoint is down."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(
+                pool.map(lambda dialogue: self.reply(dialogue, max_tokens=max_new_tokens, **sampling), dialogues)
+            )
+
+    def reply(self, dialogue: list[dict], **options) -> Reply:
+        """Without an answer if it is not one that can be read."""
+        try:
+            found = self.client.chat.completions.create(model=self.model, messages=dialogue, **options)
+        except self.failure as error:
+            raise UserError(f"{self.url} does not answer: {one_line(error)}") from None
+        except ValueError:  # no JSON
+            return Reply("", "", closed=False, stopped=False)
+        try:
+            choice = found.choices[0]
+            think, answer = split_thinking(choice.message.content)
+            think = (
+                think or getattr(choice.message, "reasoning_content", "") or getattr(choice.message, "reasoning", "")
+            )
+            return Reply((think or "").strip(), answer.strip(), closed=True, stopped=choice.finish_reason == "stop")
+        except (AttributeError, IndexError, TypeError, ValueError):  # another answer than the protocol's
+            return Reply("", "", closed=False, stopped=False)
+
+
+def make_lines(path: Path, number: int, make: Callable, position: Callable, resume: bool) -> Counter:
+    """Appends to a file what `make` returns for a range of numbers: of each a line or None, and a Counter of what
+    became of it, with `used` if it is of use. position: of the lines that are there, the number to go on with; None if
+    they are of other rows.
+
+    Rows of no use are kept back until the next one that is of use, so that --resume asks for them again if an endpoint
+    had begun to answer nonsense. Raises UserError if MAX_USELESS rows follow each other.
+    """
+    done = lines_of(path, resume)
+    start = position(done) if done else 0
+    if start is None:
+        raise UserError(f"{path} was made from other rows; name another file with --out")
+    counts, held = Counter(), []
+    with (
+        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        tqdm(total=number, initial=start, unit="row", disable=None) as bar,
+    ):
+        for first in range(start, number, CHUNK):
+            numbers = range(first, min(first + CHUNK, number))
+            for line, became in make(numbers):
+                counts += became
+                held.append(line)
+                if became["used"]:
+                    texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in held if line]
+                    file.writelines(texts)
+                    file.flush()
+                    held = []
+            if len(held) >= MAX_USELESS or (numbers[-1] + 1 == number and not counts["used"] and not done):
+                raise UserError(
+                    f"nothing could be used of the last {len(held)} replies ({reasons(counts)}); {path} has "
+                    f"what was made before, and --resume goes on"
+                )
+            bar.update(len(numbers))
+        file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in held if line)
+    return counts
+
+
+def lines_of(path: Path, resume: bool) -> list[dict]:
+    """What a file holds that is to go on; a line that a kill cut off is taken away. Raises UserError if there is a file
+    and it is not to go on."""
+    if not path.exists():
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return []
+    if not resume:
+        raise UserError(f"{path} exists already; --resume goes on with it, --out names another file")
+    whole = path.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        raise UserError(f"{path} is no file of JSON lines; name another file with --out") from None
+    os.truncate(path, len(whole))
+    return lines
+
+
+def reasons(counts: Counter) -> str:
+    return ", ".join(f"{what} {count:,}" for what, count in counts.most_common() if what != "used") or "none"

@@ -1,0 +1,151 @@
+"""Other wordings of each training question, for rows that are trained more than once.
+
+    python -m tools.augment RUN_DIR [--rewrites 2] [--url http://HOST/v1 --url-model NAME]
+
+A model writes each question anew; thinking and answer stay. The file has all training rows, each with its wordings in
+the column `rewrites`, and train.py takes one of them in each epoch, so that an epoch has as many rows as before. The
+validation rows are not read.
+
+A rewrite is dropped if it has other numbers, negations, names or sides, or shares too many or too few characters
+(tools/rewrites.py), and if the row's answer costs the model as much after it as after another row's question: more
+than half of what separates the two. The model that judges so is the one of --model, which also writes without --url.
+Paper: WRAP, Maini et al. 2024 (arXiv:2401.16380), on pretraining texts. Cost: no time and no memory in training.
+"""
+
+import argparse
+import shlex
+from collections import Counter
+
+from accelerate import Accelerator
+from transformers.utils.logging import disable_progress_bar
+
+from data.errors import UserError
+from data.rows import Row
+from loop.console import prepare_terminal
+from model.generate import Reply
+from model.qwen3 import load_tokenizer
+from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
+from tools.rewrites import problem
+from tools.rows import Contexts, load, losses_of
+
+MAX_NEW_TOKENS = 512
+TEMPERATURE = 1.0  # at Qwen3's 0.6 many rewrites are copies
+LOST = 0.5  # of what a question tells about its answer; a rewrite that loses more asks for something else
+# A wording of the request for each rewrite of a question, again from the first if there are more.
+REQUESTS = {
+    "zh": (
+        "请换一种说法改写下面这个问题，意思要完全一样，数字、时间、部位、药名和“没有、不”这样的否定都不能变。"
+        "不要回答问题，只写出改写后的问题。\n\n{}",
+        "请像普通患者说话那样，用口语重写下面的问题。不能增加或减少任何信息，数字和否定要保留。只输出重写后的问题，不要回答。\n\n{}",
+        "请调整语序和用词，重新表述下面的问题，内容不变，数字和否定不变。只输出问题本身，不要解释，不要回答。\n\n{}",
+    ),
+    "en": (
+        "Rewrite this question in other words with exactly the same meaning. Keep every number, time, part of the "
+        "body, drug and negation. Do not answer it; write only the rewritten question.\n\n{}",
+    ),
+}
+
+
+class Augment:
+    def __init__(self, rows: list[Row], run: dict, args: argparse.Namespace):
+        self.rows, self.wanted = rows, args.rewrites
+        self.accelerator, self.tokenizer = Accelerator(), load_tokenizer(args.model, (row.asked[-1] for row in rows))
+        self.judge = load(args.model, run, self.tokenizer, self.accelerator.device)
+        self.max_length = run["max_length"]
+        self.writer = Endpoint(args.url, args.url_model) if args.url else Local(args.model, self.judge, self.tokenizer)
+
+    def make(self, numbers: range) -> list[tuple[dict, Counter]]:
+        """Of each of these rows its columns with the rewrites that are kept, and what became of all of them."""
+        asked = [n for n in numbers if len(self.rows[n].asked) == 1]
+        kept: dict[int, list[str]] = {n: [] for n in numbers}
+        counts = {n: Counter() if n in asked else Counter(["a dialogue of several questions"]) for n in numbers}
+        for turn in range(self.wanted if asked else 0):
+            replies = self.writer.ask(
+                [self.request(n, turn) for n in asked],
+                MAX_NEW_TOKENS,
+                thinking=False,
+                seed=self.wanted * numbers[0] + turn,
+                temperature=TEMPERATURE,
+            )
+            for n, reply in zip(asked, replies, strict=True):
+                text = reply.answer.strip()
+                found = self.reject(reply) or problem(self.rows[n].asked[0], text)
+                if found is None and any(problem(other, text) == "too near" for other in kept[n]):
+                    found = "too near to another"
+                if found:
+                    counts[n][found] += 1
+                else:
+                    kept[n].append(text)
+        for n, text in self.unlike(asked, kept):
+            kept[n].remove(text)
+            counts[n]["another answer"] += 1
+        lines = []
+        for n in numbers:
+            counts[n]["used"] = len(kept[n])
+            columns = {name: value for name, value in self.rows[n].columns.items() if name != "rewrites"}
+            lines.append((columns | ({"rewrites": kept[n]} if kept[n] else {}), +counts[n]))
+        return lines
+
+    def request(self, n: int, turn: int) -> list[dict]:
+        question = self.rows[n].asked[0]
+        requests = REQUESTS["zh" if any("\u4e00" <= character <= "\u9fff" for character in question) else "en"]
+        return [{"role": "user", "content": requests[turn % len(requests)].format(question)}]
+
+    def reject(self, reply: Reply) -> str | None:
+        return None if reply.stopped else "not ended"
+
+    def unlike(self, asked: list[int], kept: dict[int, list[str]]) -> list[tuple[int, str]]:
+        """The rewrites after which the answer costs nearly as much as after another row's question."""
+        pairs = [(n, text) for n in asked for text in kept[n]]
+        if not pairs or len(self.rows) < 2:
+            return []
+        own = [self.rows[n].asked[0] for n, _ in pairs]
+        others = [self.rows[(n + len(self.rows) // 2) % len(self.rows)].asked[-1] for n, _ in pairs]
+        contexts = Contexts([self.rows[n] for n, _ in pairs], self.tokenizer, self.max_length)
+        found = [
+            losses_of(self.judge, contexts.encode(questions, thinking=False), self.accelerator).answer
+            for questions in (own, others, [text for _, text in pairs])
+        ]
+        return [
+            pair
+            for pair, mine, other, rewritten in zip(pairs, *found, strict=True)
+            if other > mine and rewritten - mine > LOST * (other - mine)
+        ]
+
+    def position(self, done: list[dict]) -> int | None:
+        """Every row has a line."""
+        last = {name: value for name, value in done[-1].items() if name != "rewrites"}
+        same = len(done) <= len(self.rows) and last == self.rows[len(done) - 1].columns
+        return len(done) if same else None
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--rewrites", type=int, default=2, metavar="K", help="of each question")
+    args = parser.parse_args()
+    if args.rewrites < 1:
+        parser.error("--rewrites is at least 1")
+    disable_progress_bar()
+    rows, settings = read_source(args, "rewritten.jsonl")
+    augment = Augment(rows, settings, args)
+    counts = make_lines(args.out, len(rows), augment.make, augment.position, args.resume)
+    print(f"{counts['used']:,} rewrites of {len(rows):,} questions; dropped: {reasons(counts)}")
+    flags = ["--dataset", str(args.out)]
+    if "dataset" in settings:
+        flags += ["--val-dataset", f"{args.rows}/data/val.jsonl"]
+    print(f"train on them: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
+
+
+def main() -> None:
+    prepare_terminal()
+    try:
+        run()
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.augment: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Weights between a model before and after its fine-tuning: python -m tools.soup BASE TUNED --weights 0.3 0.5 0.7
+
+WEIGHT of the tuned model and 1 - WEIGHT of the base, parameter by parameter (WiSE-FT, Wortsman et al. 2022,
+arXiv:2109.01903): what fine-tuning changed is kept in part, and so is what the base knew. Each mixture answers for the
+validation rows of the run that TUNED comes from, with --exam for an exam too; the one with the lowest loss is written
+as a folder like best/. No training; both models in memory, and a third.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from data.batches import Collated, rank_rows
+from data.encode import Example, encode_rows
+from data.errors import UserError
+from data.exam import exam_prompts, exam_rows, read_exam
+from data.rows import read_given
+from loop.console import prepare_terminal
+from loop.evaluate import EvalMetrics, evaluate
+from loop.probes import is_right, letter_likelihoods
+from model.export import export, system_prompt_of
+from model.loss import SFTModel
+from model.qwen3 import find_model, load_tokenizer
+from tools.record import name_of, read_rows, run_of
+from tools.rows import TOKENS, load
+
+PACKING = {"batch_size": 1, "micro_batch_tokens": TOKENS}
+
+
+class Mixture(NamedTuple):
+    weight: float  # of the tuned model; 0 is the base
+    metrics: EvalMetrics
+    exam: float  # share of right answers; NaN without an exam
+
+
+@torch.no_grad()
+def mix(model: SFTModel, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], weight: float) -> None:
+    """Sets the parameters, rounded to bf16, as they will be exported."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.lerp(base[name].float(), tuned[name].float(), weight).bfloat16())
+
+
+def check_same_kind(base: dict, tuned: dict, vocabularies: list[dict]) -> None:
+    """Raises UserError if two models cannot be mixed."""
+    for name in sorted(base.keys() | tuned.keys()):
+        shapes = [list(model[name].shape) if name in model else "not there" for model in (base, tuned)]
+        if shapes[0] != shapes[1]:
+            name = name.removeprefix("causal_lm.")
+            raise UserError(f"these models have different shapes: {name} is {shapes[0]} in the base and {shapes[1]}")
+    if vocabularies[0] != vocabularies[1]:
+        pairs = vocabularies[0].items() ^ vocabularies[1].items()
+        raise UserError(f"these models have different tokenizers: {len({token for token, _ in pairs}):,} tokens differ")
+
+
+def read_examples(args: argparse.Namespace, run: dict, tokenizer) -> list[Example]:
+    rows = read_rows(args.dataset, system_prompt_of(args.tuned), read_given(run.get("columns", ())))
+    examples, _ = encode_rows(rows, tokenizer, run.get("max_length", 2048), "truncate")
+    if not examples:
+        raise UserError(f"{args.dataset} has no row that can be evaluated")
+    return examples
+
+
+def study(args: argparse.Namespace) -> list[Mixture]:
+    """The base, the mixtures by weight, and the tuned model; writes the best mixture to args.out."""
+    accelerator, run = Accelerator(), run_of(str(args.tuned)) or {"seed": 0}
+    tokenizer = load_tokenizer(str(args.tuned))
+    examples = read_examples(args, run, tokenizer)
+    questions = read_exam(args.exam)[0] if args.exam else []
+    asked = exam_rows(exam_prompts(questions, tokenizer, system_prompt_of(args.tuned)), tokenizer)
+    base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
+    base = parameters_of(load(args.base, run, base_tokenizer, accelerator.device))
+    model = load(str(args.tuned), run, tokenizer, accelerator.device)
+    tuned = parameters_of(model)
+    check_same_kind(base, tuned, [base_tokenizer.get_vocab(), tokenizer.get_vocab()])
+    found = []
+    for weight in (0.0, *sorted(set(args.weights)), 1.0):
+        mix(model, base, tuned, weight)
+        metrics = evaluate(model, Collated(rank_rows(examples, **PACKING)), accelerator)
+        right = is_right(questions, letter_likelihoods(model, asked, tokenizer, accelerator, PACKING)) if asked else []
+        found.append(Mixture(weight, metrics, sum(right) / len(right) if right else math.nan))
+        print(f"weight {weight:g}: loss {metrics.loss:.4f}", flush=True)
+    best = min(found[1:-1], key=lambda mixture: mixture.metrics.loss)
+    if not math.isfinite(best.metrics.loss):
+        raise UserError("no mixture has a finite loss")
+    mix(model, base, tuned, best.weight)
+    texts = texts_of(args, best, found)
+    export(model.causal_lm, model.causal_lm.state_dict(), tokenizer, args.out, texts)
+    return found
+
+
+def parameters_of(model: SFTModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def texts_of(args: argparse.Namespace, best: Mixture, found: list[Mixture]) -> dict[str, str]:
+    """The tuned model's card, which keeps its system prompt, and its Modelfile; the card says what this folder is."""
+    files = {name: find_model(str(args.tuned)) / name for name in ("README.md", "Modelfile")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    lines = [f"| {m.weight:g} | {m.metrics.loss:.4f} |{f' {m.exam:.1%} |' if args.exam else ''}" for m in found]
+    head = (
+        ["| weight | validation loss |", "|---|---|"]
+        if not args.exam
+        else ["| weight | loss | exam |", "|---|---|---|"]
+    )
+    texts["README.md"] = texts.get("README.md", "") + "\n".join(
+        [
+            "\n## Soup\n",
+            f"These weights are {best.weight:g} of {name_of(str(args.tuned))}, which the figures above are of, and "
+            f"{1 - best.weight:g} of {name_of(args.base)} (WiSE-FT, `tools/soup.py`).\n",
+            *head,
+            *lines,
+            "",
+        ]
+    )
+    return texts
+
+
+def show(found: list[Mixture], names: list[str]) -> None:
+    best = min(found[1:-1], key=lambda mixture: mixture.metrics.loss)
+    table = Table()
+    for title in ("weight of the tuned model", "loss", "thinking", "answer", "exam"):
+        if title != "exam" or not math.isnan(best.exam):
+            table.add_column(title, justify="right")
+    for mixture in found:
+        name = {0.0: f"0 ({names[0]})", 1.0: f"1 ({names[1]})"}.get(mixture.weight, f"{mixture.weight:g}")
+        losses = (mixture.metrics.loss, mixture.metrics.think_loss, mixture.metrics.answer_loss)
+        cells = [name, *(f"{loss:.4f}" for loss in losses), f"{mixture.exam:.1%}"]
+        table.add_row(*cells[: len(table.columns)], style="bold" if mixture is best else None)
+    Console().print(table)
+    if found[-1].metrics.loss <= best.metrics.loss:
+        print("no mixture has a lower loss than the tuned model by itself")
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", metavar="BASE", help="the model before fine-tuning: a folder or a ModelScope id")
+    parser.add_argument("tuned", metavar="TUNED", type=Path, help="RUN_DIR/best")
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="of the tuned model")
+    parser.add_argument("--dataset", help="rows to evaluate on; default: RUN_DIR/data/val.jsonl")
+    parser.add_argument("--exam", nargs="+", metavar="FILE", default=[], help="files or folders of questions")
+    parser.add_argument("--out", type=Path, help="a new folder for the best mixture; default: RUN_DIR/soup")
+    args = parser.parse_args()
+    if not all(0 < weight < 1 for weight in args.weights):
+        parser.error("--weights lie between 0 (the base) and 1 (the tuned model); both of these are shown anyway")
+    run_dir = args.tuned.resolve().parent if run_of(str(args.tuned)) else None
+    if not run_dir and not (args.dataset and args.out):
+        parser.error(f"{args.tuned} is not the best/ of a run: name its rows with --dataset and a folder with --out")
+    args.dataset = args.dataset or str(run_dir / "data" / "val.jsonl")
+    args.out = args.out or args.tuned.parent / "soup"
+    if args.out.exists():
+        parser.error(f"{args.out} exists already; name another folder with --out")
+    args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
+    found = study(args)
+    show(found, [name_of(args.base), name_of(str(args.tuned))])
+    print(f"the best mixture: {args.out}")
+
+
+def main() -> None:
+    prepare_terminal()
+    try:
+        run()
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.soup: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
