@@ -108,7 +108,9 @@ class Endpoint:
         try:
             found = self.client.chat.completions.create(model=self.model, messages=dialogue, **options)
         except self.failure as error:
-            raise UserError(f"{self.url} does not answer: {one_line(error)}") from None
+            raise UserError(
+                f"{self.url} does not answer: {one_line(error)}; what was made is kept, and --resume goes on"
+            ) from None
         except ValueError:  # no JSON
             return Reply("", "", closed=False, stopped=False)
         try:

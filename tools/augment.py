@@ -25,7 +25,7 @@ from loop.console import prepare_terminal
 from model.generate import Reply
 from model.qwen3 import load_tokenizer
 from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
-from tools.rewrites import problem
+from tools.rewrites import is_chinese, problem
 from tools.rows import Contexts, load, losses_of
 
 MAX_NEW_TOKENS = 512
@@ -88,7 +88,7 @@ class Augment:
 
     def request(self, n: int, turn: int) -> list[dict]:
         question = self.rows[n].asked[0]
-        requests = REQUESTS["zh" if any("\u4e00" <= character <= "\u9fff" for character in question) else "en"]
+        requests = REQUESTS["zh" if is_chinese(question) else "en"]
         return [{"role": "user", "content": requests[turn % len(requests)].format(question)}]
 
     def reject(self, reply: Reply) -> str | None:

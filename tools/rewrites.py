@@ -65,6 +65,10 @@ def plain(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
 def numbers(text: str) -> list[tuple[float, str]]:
     """(value, unit) of each number in order, in digits or in Chinese; the unit is empty if none is known."""
     found = []
@@ -103,7 +107,9 @@ def denials(text: str) -> list[str]:
 
 
 def names(text: str) -> list[str]:
-    """Words of Latin letters, without units."""
+    """Words of Latin letters in a Chinese text, without units."""
+    if not is_chinese(text):
+        return []
     return sorted(word for word in re.findall(r"[a-zα-ω]+", plain(NUMBER.sub(" ", text))) if word not in UNIT_OF)
 
 

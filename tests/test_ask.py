@@ -1,0 +1,243 @@
+"""Rewriting and replay with a model behind an endpoint, which fails in every way that endpoints do, and with a local
+one."""
+
+import json
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ANSWER, SYSTEM, THINK, good_row
+
+from data.encode import encode_rows
+from data.rows import Row
+from tools import augment, replay
+from tools.rewrites import problem
+
+
+@pytest.fixture
+def endpoint():
+    """A chat endpoint; `reply` makes an answer of the last message, `seen` is what was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.seen.append(asked)
+            reply = server.reply(asked["messages"][-1]["content"])
+            if isinstance(reply, int):
+                status, body = reply, b"{}"
+            elif isinstance(reply, bytes):
+                status, body = 200, reply
+            else:
+                message = {"role": "assistant", **(reply if isinstance(reply, dict) else {"content": reply})}
+                choice = {"index": 0, "finish_reason": "stop", "message": message}
+                status, body = 200, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs a tool's main; returns (exit status, what it said)."""
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Failed requests are given up at once, and no model judges."""
+    import openai
+
+    monkeypatch.setattr(openai._base_client.BaseClient, "_calculate_retry_timeout", lambda *_, **__: 0.01)
+    monkeypatch.setattr(augment.Augment, "unlike", lambda self, *_: [])
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def reworded(asked: str) -> str:
+    return f"请问{asked.split(chr(10))[-1]}急吗"
+
+
+def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, tool, quick, jsonl, tmp_path, best):
+    rows = [{"question": f"我头疼了{i}天，没有发烧，怎么办？", "answer": "休息。", "备注": i} for i in range(2, 22)]
+    rows[3] |= {"rewrites": ["旧的"]}
+    turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
+    wrong = {
+        "2天": "我头疼了9天，没有发烧，咋办？",
+        "3天": "我头疼了3天，还有发烧，咋办？",
+        "4天": "我头疼了4天 没有发烧 怎么办",
+        "5天": "",
+    }
+
+    def reply(asked):
+        question = asked.split("\n")[-1]
+        return next((text for days, text in wrong.items() if f"了{days}" in question), f"已经头疼{question[4:]}谢谢")
+
+    endpoint.reply = reply
+    path, out = jsonl([*rows, {"messages": turns}]), tmp_path / "out.jsonl"
+    code, said = tool(
+        augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out
+    )
+    assert code == 0 and "16 rewrites of 21 questions" in said, said
+    for reason in (
+        "other numbers 1",
+        "other negations 1",
+        "too near 1",
+        "empty 1",
+        "a dialogue of several questions 1",
+    ):
+        assert reason in said
+    found = lines(out)
+    assert [{name: value for name, value in row.items() if name != "rewrites"} for row in found] == [
+        *({name: value for name, value in row.items() if name != "rewrites"} for row in rows),
+        {"messages": turns},
+    ]
+    assert [row.get("rewrites") for row in found[:5]] == [None] * 4 + [["已经头疼6天，没有发烧，怎么办？谢谢"]]
+    assert endpoint.seen[0]["model"] == "m" and len(endpoint.seen) == 20
+    code, said = tool(augment, path, "--model", best, "--out", out)
+    assert code == f"tools.augment: {out} exists already; --resume goes on with it, --out names another file"
+    assert lines(out) == found
+
+
+@pytest.mark.parametrize("failure", [500, b"<html>busy</html>", b'{"choices": []}', {"content": None}, "", "哈哈哈哈"])
+def test_what_was_made_before_the_endpoint_failed_is_kept_and_gone_on_with(
+    failure, endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
+):
+    """It dies, or answers nonsense: at the end all rows are there once, those asked in vain were asked again."""
+    monkeypatch.setattr("tools.ask.MAX_USELESS", 16)
+    path, out = jsonl([good_row(i) for i in range(50)]), tmp_path / "out.jsonl"
+    args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
+    endpoint.reply = lambda asked: reworded(asked) if len(endpoint.seen) <= 20 else failure
+    code, said = tool(*args)
+    assert code and str(code).startswith("tools.augment: ") and "--resume goes on" in str(code), (code, said)
+    made = lines(out)
+    assert 16 <= len(made) <= 21 and all("rewrites" in row for row in made[:16])
+    with out.open("a") as file:
+        file.write('{"question": "cut o')  # as a kill leaves it
+    endpoint.reply, before = reworded, len(endpoint.seen)
+    code, said = tool(*args, "--resume")
+    found = lines(out)
+    assert code == 0 and found[: len(made)] == made and len(endpoint.seen) - before == 50 - len(made)
+    assert [row["question"] for row in found] == [good_row(i)["question"] for i in range(50)]
+    assert all("rewrites" in row for row in found[len(made) :])
+    other = jsonl([good_row(i + 7) for i in range(50)], "other.jsonl")
+    code, _ = tool(augment, other, *args[2:], "--resume")
+    assert "was made from other rows" in code and lines(out) == found
+
+
+def test_an_endpoint_that_is_not_there(tool, quick, jsonl, tmp_path, best):
+    path, out = jsonl([good_row(i) for i in range(5)]), tmp_path / "out.jsonl"
+    args = ["--model", best, "--out", out, "--url", "http://127.0.0.1:9/v1", "--url-model", "m"]
+    for module in (augment, replay):
+        code, _ = tool(module, path, *args)
+        assert code.startswith(f"tools.{module.__name__[6:]}: http://127.0.0.1:9/v1 does not answer: ")
+        assert "--resume goes on" in code and not out.read_bytes()
+        out.unlink()
+    for flags, message in ((["--url", "http://x"], "come together"), (["--columns", "question=nothing"], "nothing")):
+        code, _ = tool(augment, path, "--model", best, "--out", out, *flags)
+        assert message in str(code) and "Traceback" not in str(code)
+    code, _ = tool(augment, path)
+    assert "name the model with --model and a file with --out" in code
+
+
+def test_a_rewrite_after_which_the_answer_costs_too_much_is_dropped(jsonl, tmp_path, best, monkeypatch):
+    """More than half of the way from the own question's loss to another's; equal ones say nothing."""
+    rows = [
+        Row(str(i), good_row(i), [{"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": "答"}])
+        for i in range(4)
+    ]
+    losses = {"问": [1.0, 1.0, 2.0], "改": [1.49, 1.51, 9.0]}
+    monkeypatch.setattr(augment, "losses_of", lambda model, found, _: Fake(found))
+
+    class Fake:
+        def __init__(self, kind):
+            self.answer = kind
+
+    class Contexts:
+        def __init__(self, *_):
+            pass
+
+        def encode(self, questions, thinking):
+            assert not thinking
+            if questions[0].startswith("改"):
+                return losses["改"]
+            return losses["问"] if questions[0] == "问0" else [2.0, 2.0, 2.0]
+
+    monkeypatch.setattr(augment, "Contexts", Contexts)
+    judge = object.__new__(augment.Augment)
+    judge.rows, judge.tokenizer, judge.max_length, judge.judge, judge.accelerator = rows, None, 512, None, None
+    assert judge.unlike([0, 1, 2], {0: ["改0"], 1: ["改1"], 2: ["改2"]}) == [(1, "改1")]
+
+
+def test_replay_keeps_the_models_own_replies_and_they_are_trained_as_any_row(
+    endpoint, tool, quick, tmp_path, best, jsonl
+):
+    """Of a run's questions, each once, a tenth; a reply without an end or an answer is dropped and asked again."""
+    run = best.parent
+
+    def reply(asked):
+        number = int(re.search(r"\d+", asked).group())
+        return {"content": f"答：{asked}", "reasoning_content": f"想：{asked}"} if number % 3 else ""
+
+    endpoint.reply, out = reply, tmp_path / "replay.jsonl"
+    args = [replay, run, "--url", endpoint.url, "--url-model", "m", "--out", out, "--num-rows", 9]
+    code, said = tool(*args)
+    found = lines(out)
+    asked = {asked["messages"][-1]["content"]: asked["messages"] for asked in endpoint.seen}
+    answered = [question for question in asked if int(re.search(r"\d+", question).group()) % 3]
+    dropped = len(endpoint.seen) - len(found)
+    assert code == 0 and f"{len(found)} replies to 9 questions; dropped: without an answer {dropped}" in said, said
+    assert 0 < dropped < 9 == len(endpoint.seen) and f"--val-dataset {run}/data/val.jsonl" in said
+    for line in found:
+        *before, said = line["messages"]
+        question = before[-1]["content"]
+        assert question in answered
+        assert [{"role": m["role"], "content": m["content"]} for m in before] in [s["messages"] for s in endpoint.seen]
+        assert said == {"role": "assistant", "content": f"答：{question}", "reasoning_content": f"想：{question}"}
+        assert all(m.get("loss") is False for m in before if m["role"] == "assistant")
+    assert len({json.dumps(line) for line in found}) == len(found)
+    code, said = tool(*args, "--resume")
+    assert code == 0 and lines(out) == found
+    code, _ = tool(replay, jsonl([good_row(1)]), *args[2:], "--model", best, "--resume")
+    assert "was made from other rows" in code
+
+
+def test_a_local_model_answers_for_itself(tool, tmp_path, best, tokenizer):
+    """One that knows one reply: its replay has that reply, as tokens too, and it rewrites nothing."""
+    out = tmp_path / "replay.jsonl"
+    code, said = tool(replay, best.parent, "--model", best, "--out", out, "--num-rows", 4, "--max-new-tokens", 64)
+    assert code == 0 and "4 replies to 4 questions" in said, said
+    for line in lines(out):
+        assert line["messages"][-1] == {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
+    code, _ = tool(augment, best.parent, "--model", best, "--out", tmp_path / "none.jsonl", "--rewrites", 1)
+    assert "nothing could be used of the last" in code and not (tmp_path / "none.jsonl").read_text()
+    assert problem("第1个问题？", ANSWER) is not None
+    rows = [Row("", {}, lines(out)[0]["messages"])]
+    assert encode_rows(rows, tokenizer, 512, "error")[0][0].num_think_targets > 2 and SYSTEM
