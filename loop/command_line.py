@@ -21,7 +21,8 @@ from loop.console import is_main_process, refuse
 USAGE = """\
 accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
 
-PRESET is medical (default: the experiment), lora (the same with LoRA) or tiny (embedded data and model, on a CPU).
+PRESET is medical (default: the experiment), better (against overfitting), lora (with LoRA) or tiny (embedded data and
+model, on a CPU).
 --config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
 
 

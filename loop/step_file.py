@@ -20,8 +20,10 @@ FUNCTIONS = ("make_optimizers", "lr_multiplier", "forward_backward", "train_step
 
 
 def load_step_file(path: str) -> ModuleType:
-    """The module of a step file. Raises UserError if it cannot be read or lacks one of the five functions."""
-    file = DEFAULT if path == "loop/step.py" else Path(path).expanduser()
+    """The module of a step file; recipes/ are found from any folder. Raises UserError if it cannot be read or lacks
+    one of the five functions."""
+    given, own = Path(path).expanduser(), DEFAULT.parent.parent / path
+    file = own if own == DEFAULT or (own.is_file() and not given.is_file()) else given
     if not file.is_file():
         raise UserError(f"there is no step file {path}; --step-file names a Python file such as loop/step.py")
     spec = importlib.util.spec_from_file_location("step_file", file)

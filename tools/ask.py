@@ -25,6 +25,7 @@ from model.loss import SFTModel
 from tools.record import read_rows, read_side
 
 CHUNK = 16  # rows at a time
+THINKING = 4096  # tokens more for a served model that thinks without being asked to
 MAX_USELESS = 64  # rows in a row of which nothing can be used: then something is wrong
 
 
@@ -98,10 +99,9 @@ class Endpoint:
 
     def ask(self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, **sampling) -> list[Reply]:
         """Raises UserError if the endpoint is down."""
+        options = {"max_tokens": max_new_tokens + (0 if thinking else THINKING), **sampling}
         with ThreadPoolExecutor(8) as pool:
-            return list(
-                pool.map(lambda dialogue: self.reply(dialogue, max_tokens=max_new_tokens, **sampling), dialogues)
-            )
+            return list(pool.map(lambda dialogue: self.reply(dialogue, **options), dialogues))
 
     def reply(self, dialogue: list[dict], **options) -> Reply:
         """Without an answer if it is not one that can be read."""

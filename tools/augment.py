@@ -134,6 +134,8 @@ def run() -> None:
     flags = ["--dataset", str(args.out)]
     if "dataset" in settings:
         flags += ["--val-dataset", f"{args.rows}/data/val.jsonl"]
+    if columns := args.columns or settings.get("columns"):
+        flags += ["--columns", *columns]
     print(f"train on them: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
 
 

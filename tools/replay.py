@@ -77,9 +77,11 @@ def run() -> None:
     counts = make_lines(args.out, len(dialogues), replay.make, replay.position, args.resume)
     print(f"{counts['used']:,} replies to {len(dialogues):,} questions; dropped: {reasons(counts)}")
     if is_run:
-        own = f"--dataset {shlex.quote(f'{args.rows}/data/train.jsonl')} {shlex.quote(str(args.out))}"
-        val = f"--val-dataset {shlex.quote(f'{args.rows}/data/val.jsonl')}"
-        print(f"train on them too: accelerate launch train.py {own} {val} --output-dir OTHER")
+        flags = ["--dataset", f"{args.rows}/data/train.jsonl", str(args.out)]
+        flags += ["--val-dataset", f"{args.rows}/data/val.jsonl"]
+        if settings.get("columns"):
+            flags += ["--columns", *settings["columns"]]
+        print(f"train on them too: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
 
 
 def main() -> None:

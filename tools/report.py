@@ -5,6 +5,7 @@ Several: runs.md and runs.png in the folder that holds them, or in --out.
 """
 
 import argparse
+import ast
 import dataclasses
 import math
 from pathlib import Path
@@ -16,11 +17,21 @@ from data.source import public_name
 from loop.config import TrainConfig
 from loop.console import prepare_terminal
 from loop.files import write_text
+from loop.step_file import DEFAULT as STEP_FILE
 from tools.plots import draw, draw_runs
 from tools.record import NOISE, Record, collapse, name_of, read_record
 
 NUM_ANSWERS = 5
 FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
+METHOD = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "lora_rank",
+    "think_weight",
+    "answer_weight",
+)
 # Settings in which two runs of one method always differ.
 NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 
@@ -74,12 +85,37 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         examined=[row for row in record.evaluations if "exam/accuracy" in row],
         probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
         gains=gains(record),
+        methods=methods(record),
+        changed=changed(record.run),
         pictures=pictures,
     )
     draw(run_dir / pictures, record, language)
     path = run_dir / ("report.md" if language == own else f"report.{language}.md")
     write_text(path, text)
     return path
+
+
+def methods(record: Record) -> list[tuple[str, str]]:
+    """(file, first line of its docstring) of the step files of a run that are not loop/step.py."""
+    found, own = [], first_line(STEP_FILE.read_text(encoding="utf-8"))
+    for file in record.run.get("step_files", []):
+        path = record.folder / "code" / file["file"]
+        line = first_line(path.read_text(encoding="utf-8")) if path.is_file() else ""
+        if line != own:
+            found.append((file["file"], line))
+    return found
+
+
+def changed(run: dict) -> list[tuple[str, object, object]]:
+    """(setting, value, value in the experiment as it was) of what acts on how a model is trained."""
+    experiment = dataclasses.asdict(TrainConfig())
+    return [
+        (name, run[name], experiment[name]) for name in METHOD if run.get(name, experiment[name]) != experiment[name]
+    ]
+
+
+def first_line(code: str) -> str:
+    return (ast.get_docstring(ast.parse(code)) or "").partition("\n")[0]
 
 
 def gains(record: Record) -> tuple[float, float, str] | None:

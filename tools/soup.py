@@ -59,8 +59,8 @@ def check_same_kind(base: dict, tuned: dict, vocabularies: list[dict]) -> None:
         raise UserError(f"these models have different tokenizers: {len({token for token, _ in pairs}):,} tokens differ")
 
 
-def read_examples(args: argparse.Namespace, run: dict, tokenizer) -> list[Example]:
-    rows = read_rows(args.dataset, system_prompt_of(args.tuned), read_given(run.get("columns", ())))
+def read_examples(args: argparse.Namespace, run: dict, system: str, tokenizer) -> list[Example]:
+    rows = read_rows(args.dataset, system, read_given(run.get("columns", ())))
     examples, _ = encode_rows(rows, tokenizer, run.get("max_length", 2048), "truncate")
     if not examples:
         raise UserError(f"{args.dataset} has no row that can be evaluated")
@@ -70,10 +70,10 @@ def read_examples(args: argparse.Namespace, run: dict, tokenizer) -> list[Exampl
 def study(args: argparse.Namespace) -> list[Mixture]:
     """The base, the mixtures by weight, and the tuned model; writes the best mixture to args.out."""
     accelerator, run = Accelerator(), run_of(str(args.tuned)) or {"seed": 0}
-    tokenizer = load_tokenizer(str(args.tuned))
-    examples = read_examples(args, run, tokenizer)
+    system, tokenizer = system_prompt_of(find_model(str(args.tuned))), load_tokenizer(str(args.tuned))
+    examples = read_examples(args, run, system, tokenizer)
     questions = read_exam(args.exam)[0] if args.exam else []
-    asked = exam_rows(exam_prompts(questions, tokenizer, system_prompt_of(args.tuned)), tokenizer)
+    asked = exam_rows(exam_prompts(questions, tokenizer, system), tokenizer)
     base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
     base = parameters_of(load(args.base, run, base_tokenizer, accelerator.device))
     model = load(str(args.tuned), run, tokenizer, accelerator.device)
