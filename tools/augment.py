@@ -19,16 +19,15 @@ from collections import Counter
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from data.encode import token_ids
 from data.errors import UserError
 from data.rows import Row
 from loop.console import prepare_terminal
-from model.generate import Reply
 from model.qwen3 import load_tokenizer
 from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
-from tools.rewrites import is_chinese, problem
+from tools.rewrites import LONGEST, is_chinese, problem
 from tools.rows import Contexts, load, losses_of
 
-MAX_NEW_TOKENS = 512
 TEMPERATURE = 1.0  # at Qwen3's 0.6 many rewrites are copies
 LOST = 0.5  # of what a question tells about its answer; a rewrite that loses more asks for something else
 # A wording of the request for each rewrite of a question, again from the first if there are more.
@@ -59,17 +58,20 @@ class Augment:
         asked = [n for n in numbers if len(self.rows[n].asked) == 1]
         kept: dict[int, list[str]] = {n: [] for n in numbers}
         counts = {n: Counter() if n in asked else Counter(["a dialogue of several questions"]) for n in numbers}
+        # What is longer is dropped, so it need not be written to its end.
+        lengths = [len(ids) for ids in token_ids([self.rows[n].asked[0] for n in asked], self.tokenizer)]
+        limit = int(LONGEST * max(lengths, default=0)) + 16
         for turn in range(self.wanted if asked else 0):
             replies = self.writer.ask(
                 [self.request(n, turn) for n in asked],
-                MAX_NEW_TOKENS,
+                limit,
                 thinking=False,
                 seed=self.wanted * numbers[0] + turn,
                 temperature=TEMPERATURE,
             )
             for n, reply in zip(asked, replies, strict=True):
                 text = reply.answer.strip()
-                found = self.reject(reply) or problem(self.rows[n].asked[0], text)
+                found = problem(self.rows[n].asked[0], text) if reply.stopped else "not ended"
                 if found is None and any(problem(other, text) == "too near" for other in kept[n]):
                     found = "too near to another"
                 if found:
@@ -90,9 +92,6 @@ class Augment:
         question = self.rows[n].asked[0]
         requests = REQUESTS["zh" if is_chinese(question) else "en"]
         return [{"role": "user", "content": requests[turn % len(requests)].format(question)}]
-
-    def reject(self, reply: Reply) -> str | None:
-        return None if reply.stopped else "not ended"
 
     def unlike(self, asked: list[int], kept: dict[int, list[str]]) -> list[tuple[int, str]]:
         """The rewrites after which the answer costs nearly as much as after another row's question."""
