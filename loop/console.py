@@ -3,7 +3,10 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+from data.errors import UserError
 
 
 def prepare_terminal() -> None:
@@ -42,3 +45,14 @@ def refuse(message: str) -> NoReturn:
     """One message for a user's mistake, and exit status 2."""
     say(f"train.py: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run_tool(name: str, run: Callable[[], None]) -> None:
+    """The main of tools/NAME.py: a mistake of its user is one message and exit status 1."""
+    prepare_terminal()
+    try:
+        run()
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tools.{name}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

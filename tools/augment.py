@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from data.encode import token_ids
-from data.errors import UserError
 from data.rows import Row
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from model.qwen3 import load_tokenizer
 from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
 from tools.rewrites import LONGEST, is_chinese, problem
@@ -139,13 +138,7 @@ def run() -> None:
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.augment: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_tool("augment", run)
 
 
 if __name__ == "__main__":

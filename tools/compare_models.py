@@ -22,7 +22,7 @@ from data.encode import encode_rows
 from data.errors import UserError, cannot_import
 from data.formats import Given
 from data.rows import Row, read_given
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.run_folder import read_run
@@ -59,13 +59,7 @@ LOWER = "* lower is better"
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.compare_models: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_tool("compare_models", run)
 
 
 def run() -> None:

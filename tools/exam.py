@@ -20,10 +20,9 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_rows
-from data.errors import UserError
 from data.exam import LEFT_OUT, Question, exam_prompts, exam_rows, read_exam
 from data.template import CLOSE, OPEN, opens_block
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.files import write_text
 from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
@@ -106,8 +105,7 @@ def show(models: list[str], results: list[dict[str, Score]], p: float | None) ->
         console.print(f"McNemar's test of the two on the same questions: p = {p:.3f}")
 
 
-def main() -> None:
-    prepare_terminal()
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a local folder or a ModelScope id")
     parser.add_argument("--exam", nargs="+", required=True, metavar="FILE", help="files or folders of questions")
@@ -120,22 +118,21 @@ def main() -> None:
     if args.out and (args.out.exists() or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out} must be a new file in a folder that exists")
     disable_progress_bar()
-    try:
-        questions, left_out = read_exam(args.exam)
-        print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
-        accelerator = Accelerator()
-        right = [take(model, questions, args.think, args.max_new_tokens, accelerator) for model in args.models]
-        results = [scores_of(questions, answers) for answers in right]
-        p = mcnemar(*right) if len(right) == 2 else None
-        show(args.models, results, p)
-        if args.out:
-            figures = {model: {subject: score._asdict() for subject, score in scores.items()}
-                       for model, scores in zip(args.models, results, strict=True)}  # fmt: skip
-            write_text(args.out, json.dumps({"models": figures, "p": p}, ensure_ascii=False, indent=2) + "\n")
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.exam: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    questions, left_out = read_exam(args.exam)
+    print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
+    accelerator = Accelerator()
+    right = [take(model, questions, args.think, args.max_new_tokens, accelerator) for model in args.models]
+    results = [scores_of(questions, answers) for answers in right]
+    p = mcnemar(*right) if len(right) == 2 else None
+    show(args.models, results, p)
+    if args.out:
+        figures = {model: {subject: score._asdict() for subject, score in scores.items()}
+                   for model, scores in zip(args.models, results, strict=True)}  # fmt: skip
+        write_text(args.out, json.dumps({"models": figures, "p": p}, ensure_ascii=False, indent=2) + "\n")
+
+
+def main() -> None:
+    run_tool("exam", run)
 
 
 if __name__ == "__main__":

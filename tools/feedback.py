@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.feedback import correction_of, is_feedback, newest
 from data.read import read_file
 from data.template import CLOSE, OPEN
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.files import write_lines
 
 
@@ -81,11 +81,7 @@ def run() -> None:
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.feedback: {error}") from None
+    run_tool("feedback", run)
 
 
 if __name__ == "__main__":

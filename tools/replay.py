@@ -15,9 +15,8 @@ from collections import Counter
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from data.errors import UserError
 from data.rows import Row
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from model.generate import Reply
 from model.qwen3 import load_tokenizer
 from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
@@ -85,13 +84,7 @@ def run() -> None:
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.replay: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_tool("replay", run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data.errors import UserError
 from data.source import public_name
 from loop.config import TrainConfig
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.files import write_text
 from loop.step_file import DEFAULT as STEP_FILE
 from tools.plots import draw, draw_runs
@@ -180,22 +180,22 @@ def show(name: str, value) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def main() -> None:
-    prepare_terminal()
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="finished, running or killed")
     parser.add_argument("--language", choices=("zh", "en"), help="as the run's own setting")
     parser.add_argument("--out", type=Path, help="folder for runs.md and runs.png of several runs")
     args = parser.parse_args()
-    try:
-        if len(args.run_dirs) == 1:
-            if args.out:
-                raise UserError("--out is the folder for several runs; the report of one is in its own")
-            print(write_report(args.run_dirs[0], args.language))
-        else:
-            print(write_comparison(args.run_dirs, args.language, args.out))
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.report: {error}") from None
+    if len(args.run_dirs) == 1:
+        if args.out:
+            raise UserError("--out is the folder for several runs; the report of one is in its own")
+        print(write_report(args.run_dirs[0], args.language))
+    else:
+        print(write_comparison(args.run_dirs, args.language, args.out))
+
+
+def main() -> None:
+    run_tool("report", run)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from data.batches import Collated, rank_rows
 from data.encode import Example, encode_turns, shorten_thinking
 from data.errors import UserError
 from data.rows import Row
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.evaluate import LossOfGroups, evaluate
 from loop.files import write_lines
 from loop.run_folder import read_run
@@ -230,13 +230,7 @@ def run() -> None:
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.rows: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_tool("rows", run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from data.encode import Example, encode_rows
 from data.errors import UserError
 from data.exam import exam_prompts, exam_rows, read_exam
 from data.rows import read_given
-from loop.console import prepare_terminal
+from loop.console import run_tool
 from loop.evaluate import EvalMetrics, evaluate
 from loop.probes import is_right, letter_likelihoods
 from model.export import export, system_prompt_of
@@ -164,13 +164,7 @@ def run() -> None:
 
 
 def main() -> None:
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.soup: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_tool("soup", run)
 
 
 if __name__ == "__main__":
