@@ -92,7 +92,7 @@ def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, 
     wrong = {
         "2天": "我头疼了9天，没有发烧，咋办？",
         "3天": "我头疼了3天，还有发烧，咋办？",
-        "4天": "我头疼了4天 没有发烧 怎么办",
+        "4天": "我头疼了4天 没有发烧 怎么办？",
         "5天": "",
     }
 
@@ -134,11 +134,11 @@ def test_what_was_made_before_the_endpoint_failed_is_kept_and_gone_on_with(
     monkeypatch.setattr("tools.ask.MAX_USELESS", 16)
     path, out = jsonl([good_row(i) for i in range(50)]), tmp_path / "out.jsonl"
     args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
-    endpoint.reply = lambda asked: reworded(asked) if len(endpoint.seen) <= 20 else failure
+    endpoint.reply = lambda asked: reworded(asked) if int(re.findall(r"第(\d+)个", asked)[-1]) <= 20 else failure
     code, said = tool(*args)
     assert code and str(code).startswith("tools.augment: ") and "--resume goes on" in str(code), (code, said)
     made = lines(out)
-    assert 16 <= len(made) <= 21 and all("rewrites" in row for row in made[:16])
+    assert len(made) == (16 if failure == 500 else 21) and all("rewrites" in row for row in made)
     with out.open("a") as file:
         file.write('{"question": "cut o')  # as a kill leaves it
     endpoint.reply, before = reworded, len(endpoint.seen)

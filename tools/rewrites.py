@@ -12,7 +12,7 @@ import unicodedata
 
 # Share of characters in common, in order: above, a rewrite teaches nothing; below, it asks for something else.
 NEAREST, FARTHEST = 0.92, 0.3
-LONGEST = 2.0  # times the question
+LONGEST = 1.5  # times the question
 
 UNITS = {
     "天": ("天", "日"),
@@ -57,6 +57,7 @@ NO_DENIAL = re.compile(
 )
 DENIAL = re.compile("没有|没|未|无法|无|不是|不|并非|非|否认|别|勿|缺乏|no|not|never|without|n't", re.IGNORECASE)
 FILLER = re.compile("^(?:明显|任何|出现|什么|再|太|怎么|过|有|能|会|是|见|发现|感到|觉得)+")
+ASKS = re.compile(r"[？?]|[吗呢么][。！]*$")
 SIDES = re.compile("左|右|双侧|单侧|两侧|男|女|[你您](?!好)")  # 你 in the place of 我 asks about another person
 
 
@@ -129,6 +130,10 @@ def problem(question: str, rewrite: str) -> str | None:
         return "empty"
     if len(rewrite) > LONGEST * len(question) + 10:
         return "too long"
+    if len(rewrite.splitlines()) > len(question.splitlines()):
+        return "more lines"
+    if ASKS.search(question) and not ASKS.search(rewrite):
+        return "no question"
     if numbers(question) != numbers(rewrite):
         return "other numbers"
     denied = list(zip(denials(question), denials(rewrite), strict=False))
