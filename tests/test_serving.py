@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.template import generation_prompt
@@ -69,6 +70,13 @@ def test_transformers_serve_puts_thinking_apart(best, tmp_path):
             "reasoning_content": own.think,
             "content": own.answer,
         }
+        # The same as tools.replay asks for it.
+        command = [sys.executable, "-m", "tools.replay", best.parent, "--url", f"{url}/v1", "--url-model", best]
+        command += ["--num-rows", "3", "--max-new-tokens", "256", "--out", tmp_path / "replay.jsonl"]
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+        lines = (tmp_path / "replay.jsonl").read_text(encoding="utf-8").splitlines()
+        said = [json.loads(line)["messages"][-1] for line in lines]
+        assert len(said) == 3 and all((m["reasoning_content"], m["content"]) == (own.think, own.answer) for m in said)
     finally:
         server.terminate()
         server.wait(30)
