@@ -87,7 +87,7 @@ def test_weights_and_losses_are_those_of_an_independent_mixture(base, best, mix,
         shutil.copy(best / "README.md", folder / "README.md") if weight == "0" else None
         assert losses[weight] == pytest.approx(loss_by_transformers(folder, val), rel=0.02)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert system_prompt_of(out) == system_prompt_of(best) and "0.9 of" in card and "| 0.3 |" in card
+    assert system_prompt_of(out) == system_prompt_of(best) and "的 0.9 和" in card and "| 0.3 |" in card
     assert "exam" in said and card.count("%") >= 4
     assert json.loads((out / "config.json").read_text()) == json.loads((best / "config.json").read_text())
     before = {path: path.read_bytes() for path in out.iterdir()}

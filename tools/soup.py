@@ -29,6 +29,7 @@ from model.export import export, system_prompt_of
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_tokenizer
 from tools.record import name_of, read_rows, run_of
+from tools.report import TEMPLATES
 from tools.rows import TOKENS, load
 
 PACKING = {"batch_size": 1, "micro_batch_tokens": TOKENS}
@@ -86,11 +87,8 @@ def study(args: argparse.Namespace) -> list[Mixture]:
         right = is_right(questions, letter_likelihoods(model, asked, tokenizer, accelerator, PACKING)) if asked else []
         found.append(Mixture(weight, metrics, sum(right) / len(right) if right else math.nan))
         print(f"weight {weight:g}: loss {metrics.loss:.4f}", flush=True)
-    best = min(found[1:-1], key=lambda mixture: mixture.metrics.loss)
-    if not math.isfinite(best.metrics.loss):
-        raise UserError("no mixture has a finite loss")
-    mix(model, base, tuned, best.weight)
-    texts = texts_of(args, best, found)
+    mix(model, base, tuned, best_of(found).weight)
+    texts = texts_of(args, run.get("language", "en"), found)
     export(model.causal_lm, model.causal_lm.state_dict(), tokenizer, args.out, texts)
     return found
 
@@ -99,31 +97,25 @@ def parameters_of(model: SFTModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def texts_of(args: argparse.Namespace, best: Mixture, found: list[Mixture]) -> dict[str, str]:
+def texts_of(args: argparse.Namespace, language: str, found: list[Mixture]) -> dict[str, str]:
     """The tuned model's card, which keeps its system prompt, and its Modelfile; the card says what this folder is."""
     files = {name: find_model(str(args.tuned)) / name for name in ("README.md", "Modelfile")}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    lines = [f"| {m.weight:g} | {m.metrics.loss:.4f} |{f' {m.exam:.1%} |' if args.exam else ''}" for m in found]
-    head = (
-        ["| weight | validation loss |", "|---|---|"]
-        if not args.exam
-        else ["| weight | loss | exam |", "|---|---|---|"]
-    )
-    texts["README.md"] = texts.get("README.md", "") + "\n".join(
-        [
-            "\n## Soup\n",
-            f"These weights are {best.weight:g} of {name_of(str(args.tuned))}, which the figures above are of, and "
-            f"{1 - best.weight:g} of {name_of(args.base)} (WiSE-FT, `tools/soup.py`).\n",
-            *head,
-            *lines,
-            "",
-        ]
-    )
-    return texts
+    about = {"base": name_of(args.base), "tuned": name_of(str(args.tuned)), "best": best_of(found)}
+    page = TEMPLATES.get_template(f"soup.{language}.md").render(about, found=found, examined=bool(args.exam))
+    return texts | {"README.md": texts.get("README.md", "") + page}
+
+
+def best_of(found: list[Mixture]) -> Mixture:
+    """The mixture of the lowest loss; neither model by itself. Raises UserError if no loss is finite."""
+    finite = [mixture for mixture in found if 0 < mixture.weight < 1 and math.isfinite(mixture.metrics.loss)]
+    if not finite:
+        raise UserError("no mixture has a finite loss")
+    return min(finite, key=lambda mixture: mixture.metrics.loss)
 
 
 def show(found: list[Mixture], names: list[str]) -> None:
-    best = min(found[1:-1], key=lambda mixture: mixture.metrics.loss)
+    best = best_of(found)
     table = Table()
     for title in ("weight of the tuned model", "loss", "thinking", "answer", "exam"):
         if title != "exam" or not math.isnan(best.exam):
