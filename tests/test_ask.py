@@ -71,9 +71,7 @@ def tool(monkeypatch, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Failed requests are given up at once, and no model judges."""
-    import openai
-
-    monkeypatch.setattr(openai._base_client.BaseClient, "_calculate_retry_timeout", lambda *_, **__: 0.01)
+    monkeypatch.setattr("tools.ask.RETRIES", 0)
     monkeypatch.setattr(augment.Augment, "unlike", lambda self, *_: [])
 
 

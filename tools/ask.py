@@ -25,6 +25,7 @@ from model.loss import SFTModel
 from tools.record import read_rows, read_side
 
 CHUNK = 16  # rows at a time
+RETRIES = 3  # of a request that failed, with pauses
 THINKING = 4096  # tokens more for a served model that thinks without being asked to
 MAX_USELESS = 64  # rows in a row of which nothing can be used: then something is wrong
 
@@ -94,8 +95,8 @@ class Endpoint:
         except ImportError as error:
             raise cannot_import(error, "openai", "endpoint") from None
         self.url, self.model, self.failure = url, model, openai.OpenAIError
-        # Failed requests are made again, with pauses.
-        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=3)
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
 
     def ask(self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, **sampling) -> list[Reply]:
         """Raises UserError if the endpoint is down."""
