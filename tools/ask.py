@@ -19,6 +19,7 @@ from data.rows import Row, read_given
 from data.template import generation_prompt
 from data.texts import split_thinking
 from loop.config import TrainConfig
+from loop.console import warn
 from loop.run_folder import read_run
 from model.generate import Reply, chat_tokenizer, ready_to_generate, reply_to
 from model.loss import SFTModel
@@ -95,6 +96,8 @@ class Endpoint:
         except ImportError as error:
             raise cannot_import(error, "openai", "endpoint") from None
         self.url, self.model, self.failure = url, model, openai.OpenAIError
+        self.refusals = (openai.BadRequestError, openai.UnprocessableEntityError)
+        self.warned = False
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
 
@@ -108,6 +111,11 @@ class Endpoint:
         """Without an answer if it is not one that can be read."""
         try:
             found = self.client.chat.completions.create(model=self.model, messages=dialogue, **options)
+        except self.refusals as error:  # of this one request, by a filter of contents, say
+            if not self.warned:
+                warn(f"{self.url} refused a request: {one_line(error)}")
+            self.warned = True
+            return Reply("", "", closed=False, stopped=False)
         except self.failure as error:
             raise UserError(
                 f"{self.url} does not answer: {one_line(error)}; what was made is kept, and --resume goes on"
@@ -117,10 +125,9 @@ class Endpoint:
         try:
             choice = found.choices[0]
             think, answer = split_thinking(choice.message.content)
-            think = (
-                think or getattr(choice.message, "reasoning_content", "") or getattr(choice.message, "reasoning", "")
-            )
-            return Reply((think or "").strip(), answer.strip(), closed=True, stopped=choice.finish_reason == "stop")
+            fields = (getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning"))
+            think = think or next(filter(None, fields), "")
+            return Reply(think.strip(), answer.strip(), closed=True, stopped=choice.finish_reason == "stop")
         except (AttributeError, IndexError, TypeError, ValueError):  # another answer than the protocol's
             return Reply("", "", closed=False, stopped=False)
 
@@ -154,8 +161,8 @@ def make_lines(path: Path, number: int, make: Callable, position: Callable, resu
                     held = []
             if len(held) >= MAX_USELESS or (numbers[-1] + 1 == number and not counts["used"] and not done):
                 raise UserError(
-                    f"nothing could be used of the last {len(held)} replies ({reasons(counts)}); {path} has "
-                    f"what was made before, and --resume goes on"
+                    f"nothing could be used of the replies to the last {len(held)} rows ({reasons(counts)}); "
+                    f"{path} has what was made before, and --resume goes on"
                 )
             bar.update(len(numbers))
         file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in held if line)

@@ -13,6 +13,7 @@ Paper: WRAP, Maini et al. 2024 (arXiv:2401.16380), on pretraining texts. Cost: n
 """
 
 import argparse
+import json
 import shlex
 from collections import Counter
 
@@ -113,7 +114,9 @@ class Augment:
     def position(self, done: list[dict]) -> int | None:
         """Every row has a line."""
         last = {name: value for name, value in done[-1].items() if name != "rewrites"}
-        same = len(done) <= len(self.rows) and last == self.rows[len(done) - 1].columns
+        own = self.rows[: len(done)][-1].columns
+        own = json.loads(json.dumps({name: value for name, value in own.items() if name != "rewrites"}, default=str))
+        same = len(done) <= len(self.rows) and last == own
         return len(done) if same else None
 
 
