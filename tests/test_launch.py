@@ -219,18 +219,3 @@ def test_the_memory_table_of_the_readme():
             count = sum(parameter.numel() for parameter in model.parameters())
             sizes = " | ".join(f"{16 * count / ranks / 2**30:.1f}" for ranks in (1, 2, 4, 8, 16))
             assert f"| Qwen3-{name} | {count:,} | {sizes} |" in text, (readme, name, count, sizes)
-
-
-def test_the_preset_better_on_the_embedded_sample_and_a_report_that_names_what_it_does(tmp_path):
-    """From another folder, where recipes/ is not."""
-    out = tmp_path / "run"
-    args = ["better", "--dataset", "sample:60", "--model", "tiny", "--mixed-precision", "no", "--max-steps", "4"]
-    args += ["--eval-steps", "2", "--num-samples", "0", "--max-length", "512", "--language", "en", "--output-dir", out]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", ROOT / "train.py", *args]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [step["file"] for step in json.loads((out / "run.json").read_text())["step_files"]] == ["ema.py"]
-    report = (out / "report.md").read_text(encoding="utf-8")
-    assert "- the step file `code/ema.py`: EMA: an exponential average" in report
-    assert "- `learning_rate` 2e-05 instead of 0.0001\n- `warmup_ratio` 0.05 instead of 0.0\n" in report
-    assert status_of(out)["status"] == "completed"

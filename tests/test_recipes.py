@@ -224,3 +224,25 @@ def test_ranks_that_drift_apart_are_noticed(command, tmp_path):
     assert set(outcome.codes) == {2} and "Traceback" not in outcome.output, outcome.output
     assert "drifted apart" in outcome.output and "batch.seed" in outcome.output
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_the_preset_better_on_the_embedded_sample_and_a_report_that_names_what_it_does(tmp_path):
+    out = tmp_path / "run"
+    args = ["better", "--dataset", "sample:60", "--model", "tiny", "--mixed-precision", "no", "--max-steps", 4]
+    args += ["--eval-steps", 2, "--num-samples", 0, "--max-length", 512, "--language", "en", "--output-dir", out]
+    done = run(args, log=tmp_path / "log")
+    assert done.codes == [0], done.output
+    assert [step["file"] for step in json.loads((out / "run.json").read_text())["step_files"]] == ["ema.py"]
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "- the step file `code/ema.py`: EMA: an exponential average" in report
+    assert "- `learning_rate` 2e-05 instead of 0.0001\n- `warmup_ratio` 0.05 instead of 0.0\n" in report
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    """A file of that name there comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_step_file("recipes/ema.py").DECAY == 0.999
+    (tmp_path / "recipes").mkdir()
+    code = (ROOT / "recipes/ema.py").read_text(encoding="utf-8").replace("0.999", "0.5")
+    (tmp_path / "recipes/ema.py").write_text(code, encoding="utf-8")
+    assert load_step_file("recipes/ema.py").DECAY == 0.5
