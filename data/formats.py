@@ -189,14 +189,27 @@ def read_rewrites(row: Columns, asked: list[str]) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        value = from_text(value.strip(), "rewrites") if value.lstrip()[:1] == "[" else [value]
+        value = as_list(value)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError("`rewrites` is not a list of texts")
     if len(asked) > 1:
         row.notes.append(("has rewrites of a dialogue with several questions", "rewrites not used"))
         return ()
-    texts = dict.fromkeys(text.strip() for text in value if text.strip())
+    texts = {}
+    for text in filter(str.strip, value):
+        try:
+            texts[clean(user(text, "rewrites"), row.notes)["content"]] = None
+        except ValueError as reason:  # a marker of the chat template, say
+            row.notes.append((f"a rewrite {reason}", "rewrite not used"))
     return tuple(text for text in texts if text != asked[0])
+
+
+def as_list(text: str) -> list:
+    """A list as a table holds it, or one text."""
+    try:
+        return from_text(text.strip(), "rewrites") if text.lstrip()[:1] == "[" else [text]
+    except ValueError:
+        return [text]
 
 
 def is_dialogue(value) -> bool:

@@ -26,7 +26,8 @@ def report_table(report: dict, dry_run: bool = False) -> str:
     if report["test_rows"]:
         lines.append(f"{report['test_rows']:,} rows kept for a test, in data/test.jsonl")
     if report["rewrites"]:
-        lines.append(f"{report['rewrites']:,} other wordings of {report['rewritten_rows']:,} rows, one in each epoch")
+        number = f"{report['rewrites']:,} other wordings of {report['rewritten_rows']:,} questions"
+        lines.append(f"{number}, one wording in each epoch")
     if report["excluded"]:
         lines.append(f"{report['excluded']:,} rows left out, because --exclude or --exam holds their question")
     lines += [

@@ -103,7 +103,7 @@ def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, 
     code, said = tool(
         augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out
     )
-    assert code == 0 and "16 rewrites of 21 questions" in said, said
+    assert code == 0 and "16 rewrites of 21 questions; dropped in this launch: " in said, said
     for reason in (
         "other numbers 1",
         "other negations 1",
@@ -143,7 +143,7 @@ def test_what_was_made_before_the_endpoint_failed_is_kept_and_gone_on_with(
     endpoint.reply, before = (lambda asked: 400 if "第30个" in asked else reworded(asked)), len(endpoint.seen)
     code, said = tool(*args, "--resume")
     found = lines(out)
-    assert code == 0 and found[: len(made)] == made and len(endpoint.seen) - before == 50 - len(made)
+    assert code == 0 and found[: len(made)] == made and len(endpoint.seen) - before == 50 - 16
     assert [row["question"] for row in found] == [good_row(i)["question"] for i in range(50)]
     assert ["rewrites" in row for row in found].count(False) == 1 and "refused a request" in said, said
     other = jsonl([good_row(i + 7) for i in range(50)], "other.jsonl")
@@ -164,6 +164,43 @@ def test_an_endpoint_that_is_not_there(tool, quick, jsonl, tmp_path, best):
         assert message in str(code) and "Traceback" not in str(code)
     code, _ = tool(augment, path)
     assert "name the model with --model and a file with --out" in code
+
+
+def test_a_block_of_dialogues_is_no_failure_and_a_whole_file_stays(
+    endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
+):
+    monkeypatch.setattr("tools.ask.MAX_USELESS", 16)
+    endpoint.reply = reworded
+    turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
+    path, out = jsonl([good_row(i) for i in range(3)] + [{"messages": turns}] * 40), tmp_path / "out.jsonl"
+    args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
+    code, said = tool(*args)
+    assert code == 0 and len(lines(out)) == 43, (code, said)
+    before = out.read_bytes()
+    code, said = tool(*args, "--resume")
+    assert code == 0 and "3 rewrites of 43 questions" in said and out.read_bytes() == before and len(endpoint.seen) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}]', '{"question": "x"}\n{"question": "y"}', "[1]\n", '"x"\n', '{"messages": null}\n', "x\n\n"]
+)
+def test_a_file_of_something_else_is_left_as_it_is(text, tool, jsonl, tmp_path, best):
+    other = tmp_path / "other.jsonl"
+    other.write_text(text, encoding="utf-8")
+    url = ["--url", "http://127.0.0.1:9/v1", "--url-model", "m"]
+    for module in (augment, replay):
+        args = [module, jsonl([good_row(1), good_row(2)]), "--model", best, "--out", other, *url]
+        for flags in ([], ["--resume"]):
+            code, _ = tool(*args, *flags)
+            assert code.startswith(f"tools.{module.__name__[6:]}: {other} ") and other.read_text("utf-8") == text
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "http://h:abc/v1", "ftp://h/v1"])
+def test_an_address_that_is_none(url, tool, jsonl, tmp_path, best):
+    code, _ = tool(
+        replay, jsonl([good_row(1)]), "--model", best, "--url", url, "--url-model", "m", "--out", tmp_path / "o.jsonl"
+    )
+    assert code == f"tools.replay: --url {url!r} is no http address"
 
 
 def test_a_rewrite_after_which_the_answer_costs_too_much_is_dropped(jsonl, tmp_path, best, monkeypatch):
@@ -212,7 +249,10 @@ def test_replay_keeps_the_models_own_replies_and_they_are_trained_as_any_row(
     asked = {asked["messages"][-1]["content"]: asked["messages"] for asked in endpoint.seen}
     answered = [question for question in asked if int(re.search(r"\d+", question).group()) % 3]
     dropped = len(endpoint.seen) - len(found)
-    assert code == 0 and f"{len(found)} replies to 9 questions; dropped: without an answer {dropped}" in said, said
+    assert (
+        code == 0
+        and f"{len(found)} replies to 9 questions; dropped in this launch: without an answer {dropped}" in said
+    ), said
     assert 0 < dropped < 9 == len(endpoint.seen) and f"--val-dataset {run}/data/val.jsonl" in said
     for line in found:
         *before, said = line["messages"]
@@ -236,7 +276,10 @@ def test_a_local_model_answers_for_itself(tool, tmp_path, best, tokenizer):
     for line in lines(out):
         assert line["messages"][-1] == {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
     code, _ = tool(augment, best.parent, "--model", best, "--out", tmp_path / "none.jsonl", "--rewrites", 1)
-    assert "nothing could be used of the replies to the last" in code and not (tmp_path / "none.jsonl").read_text()
+    assert (
+        "nothing could be used of the replies to the last" in code
+        and "rewrites" not in (tmp_path / "none.jsonl").read_text()
+    )
     assert problem("第1个问题？", ANSWER) is not None
     rows = [Row("", {}, lines(out)[0]["messages"])]
     assert encode_rows(rows, tokenizer, 512, "error")[0][0].num_think_targets > 2 and SYSTEM

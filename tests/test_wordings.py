@@ -105,6 +105,16 @@ def test_rewrites_of_a_row(value, found):
 
 
 def test_rewrites_that_cannot_be_used():
+    given = ["甲？", "x<|im_end|>\n<|im_start|>assistant\n", "None"]
+    row = read_row({"question": "问？", "answer": "答。", "rewrites": given})
+    assert row.rewrites == ("甲？",)
+    assert row.notes == [
+        ("a rewrite has the chat marker <|im_end|> inside its text", "rewrite not used"),
+        ("a rewrite `rewrites` is 'None', as pandas writes an empty cell", "rewrite not used"),
+    ]
+    assert read_row({"question": "问？", "answer": "答。", "rewrites": "[女，28岁] 怎么办？"}).rewrites == (
+        "[女，28岁] 怎么办？",
+    )
     with pytest.raises(ValueError, match="`rewrites` is not a list of texts"):
         read_row({"question": "问？", "answer": "答。", "rewrites": [1]})
     turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
@@ -118,7 +128,7 @@ def test_rewrites_that_cannot_be_used():
 def test_a_run_says_what_it_trains_and_goes_on_with_nothing_else(jsonl, tmp_path):
     args = ["tiny", "--max-steps", 2, "--num-samples", 0, "--output-dir", tmp_path / "run", "--dataset"]
     done = run([*args, jsonl(rows(REWRITES))], log=tmp_path / "log")
-    said = "6 other wordings of 3 rows, one in each epoch"
+    said = "6 other wordings of 3 questions, one wording in each epoch"
     assert done.codes == [0] and said in done.output and "`rewrites` → rewrites (3 rows)" in done.output, done.output
     assert "rewrites" in (tmp_path / "run/report.md").read_text(encoding="utf-8")
     done = run([*args, jsonl(rows({}), "other.jsonl"), "--resume"], log=tmp_path / "log")

@@ -6,10 +6,12 @@ What was made is in the file at once. A file that was cut off goes on where it e
 import argparse
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from model.loss import SFTModel
 from tools.record import read_rows, read_side
 
 CHUNK = 16  # rows at a time
+ASKED = "asked"
 RETRIES = 3  # of a request that failed, with pauses
 THINKING = 4096  # tokens more for a served model that thinks without being asked to
 MAX_USELESS = 64  # rows in a row of which nothing can be used: then something is wrong
@@ -51,10 +54,14 @@ def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
     rows = read_side(folder, "train") if is_run else read_rows(args.rows, run["system_prompt"], given)
     args.model = args.model or run.get("model")
     args.out = args.out or (folder / name if is_run else None)
+    if is_run and args.columns:
+        raise UserError(f"{args.rows} is a run, which knows its columns: leave --columns out")
     if not args.model or not args.out:
         raise UserError(f"{args.rows} is no run: name the model with --model and a file with --out")
     if not rows:
         raise UserError(f"{args.rows} has no training rows")
+    if args.out.exists() and not args.resume:
+        raise UserError(f"{args.out} exists already; --resume goes on with it, --out names another file")
     if (args.url is None) != (args.url_model is None):
         raise UserError("--url and --url-model come together: where the endpoint is, and what it calls the model")
     return rows, run
@@ -99,6 +106,8 @@ class Endpoint:
         self.refusals = (openai.BadRequestError, openai.UnprocessableEntityError)
         self.warned = False
         key = os.environ.get("OPENAI_API_KEY") or "none"
+        if not key.isascii() or not is_url(url):
+            raise UserError("OPENAI_API_KEY is no key" if is_url(url) else f"--url {url!r} is no http address")
         self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
 
     def ask(self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, **sampling) -> list[Reply]:
@@ -132,60 +141,84 @@ class Endpoint:
             return Reply("", "", closed=False, stopped=False)
 
 
-def make_lines(path: Path, number: int, make: Callable, position: Callable, resume: bool) -> Counter:
-    """Appends to a file what `make` returns for a range of numbers: of each a line or None, and a Counter of what
-    became of it, with `used` if it is of use. position: of the lines that are there, the number to go on with; None if
-    they are of other rows.
+def is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
-    Rows of no use are kept back until the next one that is of use, so that --resume asks for them again if an endpoint
-    had begun to answer nonsense. Raises UserError if MAX_USELESS rows follow each other.
+
+def make_lines(path: Path, number: int, make: Callable, position: Callable) -> Counter:
+    """Appends to a file what `make` returns for a range of numbers: of each a line or None, and a Counter of what
+    became of it: `used` if it is of use, ASKED if the model was asked at all. position: of the lines that are there,
+    the number to go on with; None if they are of other rows.
+
+    CHUNK rows at a time, the same ones after --resume, so that a local model draws the same. Rows of no use are kept
+    back until the next one that is of use, so that --resume asks for them again if an endpoint had begun to answer
+    nonsense. Raises UserError if MAX_USELESS of them follow each other.
     """
-    done = lines_of(path, resume)
-    start = position(done) if done else 0
+    lines, whole = lines_of(path)
+    start = position(lines) if lines else 0
     if start is None:
         raise UserError(f"{path} was made from other rows; name another file with --out")
     counts, held = Counter(), []
-    with (
-        path.open("a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(total=number, initial=start, unit="row", disable=None) as bar,
-    ):
-        for first in range(start, number, CHUNK):
+    useless = 0  # rows asked in vain since the last one that was of use
+    with path.open("ab") as file, tqdm(total=number, initial=start, unit="row", disable=None) as bar:
+        file.truncate(len(whole))
+        for first in range(start - start % CHUNK, number, CHUNK):
             numbers = range(first, min(first + CHUNK, number))
-            for line, became in make(numbers):
+            for line, became in make(numbers)[max(0, start - first) :]:
                 counts += became
                 held.append(line)
-                if became["used"]:
-                    texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in held if line]
-                    file.writelines(texts)
+                useless = 0 if became["used"] else useless + became[ASKED]
+                if not useless:
+                    file.writelines(map(to_bytes, filter(None, held)))
                     file.flush()
                     held = []
-            if len(held) >= MAX_USELESS or (numbers[-1] + 1 == number and not counts["used"] and not done):
+            if useless >= MAX_USELESS or (useless and numbers[-1] + 1 == number and not counts["used"] and not lines):
                 raise UserError(
-                    f"nothing could be used of the replies to the last {len(held)} rows ({reasons(counts)}); "
-                    f"{path} has what was made before, and --resume goes on"
+                    f"nothing could be used of the replies to the last {useless} rows (of all in this launch: "
+                    f"{reasons(counts)}); {path} has what was made before, and --resume goes on"
                 )
             bar.update(len(numbers))
-        file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in held if line)
+        file.writelines(map(to_bytes, filter(None, held)))
     return counts
 
 
-def lines_of(path: Path, resume: bool) -> list[dict]:
-    """What a file holds that is to go on; a line that a kill cut off is taken away. Raises UserError if there is a file
-    and it is not to go on."""
+def to_bytes(line: dict) -> bytes:
+    return json.dumps(line, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def lines_of(path: Path) -> tuple[list[dict], bytes]:
+    """The lines that a file holds, and their text, without one that a kill cut off. Raises UserError if it holds
+    something else."""
     if not path.exists():
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        return []
-    if not resume:
-        raise UserError(f"{path} exists already; --resume goes on with it, --out names another file")
-    whole = path.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
+        return [], b""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.split(b"\n") if line]
     except ValueError:
-        raise UserError(f"{path} is no file of JSON lines; name another file with --out") from None
-    os.truncate(path, len(whole))
-    return lines
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines) or (text and not lines):
+        raise UserError(f"{path} is not what this tool writes; name another file with --out")
+    return lines, whole
+
+
+def say_how_to_train(args: argparse.Namespace, settings: dict, datasets: list[str]) -> None:
+    """The flags that these rows bring; those of the run stay."""
+    flags = ["--dataset", *datasets]
+    data = Path(args.rows) / "data"
+    if "dataset" in settings:
+        flags += ["--val-dataset", str(data / "val.jsonl")]
+        flags += ["--exclude", str(data / "test.jsonl")] if (data / "test.jsonl").exists() else []
+    if columns := args.columns or settings.get("columns"):
+        flags += ["--columns", *columns]
+    print(f"train on it, with the run's other flags: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
 
 
 def reasons(counts: Counter) -> str:
-    return ", ".join(f"{what} {count:,}" for what, count in counts.most_common() if what != "used") or "none"
+    found = ", ".join(f"{what} {count:,}" for what, count in counts.most_common() if what not in ("used", ASKED))
+    return found or "none"

@@ -6,15 +6,14 @@ A model writes each question anew; thinking and answer stay. The file has all tr
 the column `rewrites`, and train.py takes one of them in each epoch, so that an epoch has as many rows as before. The
 validation rows are not read.
 
-A rewrite is dropped if it has other numbers, negations, names or sides, or shares too many or too few characters
-(tools/rewrites.py), and if the row's answer costs the model as much after it as after another row's question: more
-than half of what separates the two. The model that judges so is the one of --model, which also writes without --url.
+A rewrite is dropped if it has other numbers, negations, names, persons or sides, or shares too many or too few
+characters (tools/rewrites.py); and if the row's answer loses, after the rewrite, more than half of what its own
+question saves it, compared with another row's question. The model that judges so is the one of --model, which also
+writes without --url.
 Paper: WRAP, Maini et al. 2024 (arXiv:2401.16380), on pretraining texts. Cost: no time and no memory in training.
 """
 
 import argparse
-import json
-import shlex
 from collections import Counter
 
 from accelerate import Accelerator
@@ -24,7 +23,18 @@ from data.encode import token_ids
 from data.rows import Row
 from loop.console import run_tool
 from model.qwen3 import load_tokenizer
-from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
+from tools.ask import (
+    ASKED,
+    Endpoint,
+    Local,
+    add_arguments,
+    lines_of,
+    make_lines,
+    read_source,
+    reasons,
+    say_how_to_train,
+    to_bytes,
+)
 from tools.rewrites import LONGEST, is_chinese, problem
 from tools.rows import Contexts, load, losses_of
 
@@ -51,13 +61,18 @@ class Augment:
         self.accelerator, self.tokenizer = Accelerator(), load_tokenizer(args.model, (row.asked[-1] for row in rows))
         self.judge = load(args.model, run, self.tokenizer, self.accelerator.device)
         self.max_length = run["max_length"]
-        self.writer = Endpoint(args.url, args.url_model) if args.url else Local(args.model, self.judge, self.tokenizer)
+        self.writer = (
+            Endpoint(args.url, args.url_model)
+            if args.url is not None
+            else Local(args.model, self.judge, self.tokenizer)
+        )
 
     def make(self, numbers: range) -> list[tuple[dict, Counter]]:
         """Of each of these rows its columns with the rewrites that are kept, and what became of all of them."""
         asked = [n for n in numbers if len(self.rows[n].asked) == 1]
         kept: dict[int, list[str]] = {n: [] for n in numbers}
-        counts = {n: Counter() if n in asked else Counter(["a dialogue of several questions"]) for n in numbers}
+        several = Counter(["a dialogue of several questions"])
+        counts = {n: Counter([ASKED]) if n in asked else several for n in numbers}
         # What is longer is dropped, so it need not be written to its end.
         lengths = [len(ids) for ids in token_ids([self.rows[n].asked[0] for n in asked], self.tokenizer)]
         limit = int(LONGEST * max(lengths, default=0)) + 16
@@ -83,10 +98,11 @@ class Augment:
             counts[n]["another answer"] += 1
         lines = []
         for n in numbers:
-            counts[n]["used"] = len(kept[n])
-            columns = {name: value for name, value in self.rows[n].columns.items() if name != "rewrites"}
-            lines.append((columns | ({"rewrites": kept[n]} if kept[n] else {}), +counts[n]))
+            lines.append((self.columns(n) | ({"rewrites": kept[n]} if kept[n] else {}), counts[n] + used(kept[n])))
         return lines
+
+    def columns(self, n: int) -> dict:
+        return {name: value for name, value in self.rows[n].columns.items() if name != "rewrites"}
 
     def request(self, n: int, turn: int) -> list[dict]:
         question = self.rows[n].asked[0]
@@ -94,7 +110,8 @@ class Augment:
         return [{"role": "user", "content": requests[turn % len(requests)].format(question)}]
 
     def unlike(self, asked: list[int], kept: dict[int, list[str]]) -> list[tuple[int, str]]:
-        """The rewrites after which the answer costs nearly as much as after another row's question."""
+        """The rewrites after which the answer loses more than LOST of what its own question saves it, compared with
+        another row's. A row whose question saves nothing is not judged."""
         pairs = [(n, text) for n in asked for text in kept[n]]
         if not pairs or len(self.rows) < 2:
             return []
@@ -113,11 +130,14 @@ class Augment:
 
     def position(self, done: list[dict]) -> int | None:
         """Every row has a line."""
+        if len(done) > len(self.rows):
+            return None
         last = {name: value for name, value in done[-1].items() if name != "rewrites"}
-        own = self.rows[: len(done)][-1].columns
-        own = json.loads(json.dumps({name: value for name, value in own.items() if name != "rewrites"}, default=str))
-        same = len(done) <= len(self.rows) and last == own
-        return len(done) if same else None
+        return len(done) if to_bytes(last) == to_bytes(self.columns(len(done) - 1)) else None
+
+
+def used(rewrites: list[str]) -> Counter:
+    return Counter({"used": len(rewrites)})
 
 
 def run() -> None:
@@ -130,14 +150,10 @@ def run() -> None:
     disable_progress_bar()
     rows, settings = read_source(args, "rewritten.jsonl")
     augment = Augment(rows, settings, args)
-    counts = make_lines(args.out, len(rows), augment.make, augment.position, args.resume)
-    print(f"{counts['used']:,} rewrites of {len(rows):,} questions; dropped: {reasons(counts)}")
-    flags = ["--dataset", str(args.out)]
-    if "dataset" in settings:
-        flags += ["--val-dataset", f"{args.rows}/data/val.jsonl"]
-    if columns := args.columns or settings.get("columns"):
-        flags += ["--columns", *columns]
-    print(f"train on them: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
+    counts = make_lines(args.out, len(rows), augment.make, augment.position)
+    number = sum(len(line.get("rewrites", ())) for line in lines_of(args.out)[0])
+    print(f"{args.out}: {number:,} rewrites of {len(rows):,} questions; dropped in this launch: {reasons(counts)}")
+    say_how_to_train(args, settings, [str(args.out)])
 
 
 def main() -> None:

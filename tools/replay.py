@@ -9,7 +9,6 @@ the rows that it adds to an epoch.
 
 import argparse
 import random
-import shlex
 from collections import Counter
 
 from accelerate import Accelerator
@@ -19,7 +18,17 @@ from data.rows import Row
 from loop.console import run_tool
 from model.generate import Reply
 from model.qwen3 import load_tokenizer
-from tools.ask import Endpoint, Local, add_arguments, make_lines, read_source, reasons
+from tools.ask import (
+    ASKED,
+    Endpoint,
+    Local,
+    add_arguments,
+    lines_of,
+    make_lines,
+    read_source,
+    reasons,
+    say_how_to_train,
+)
 from tools.rows import load
 
 SHARE = 0.1  # of a run's training rows
@@ -28,7 +37,7 @@ SHARE = 0.1  # of a run's training rows
 class Replay:
     def __init__(self, dialogues: list[list[dict]], run: dict, args: argparse.Namespace):
         self.dialogues, self.max_new_tokens = dialogues, args.max_new_tokens
-        if args.url:
+        if args.url is not None:
             self.writer = Endpoint(args.url, args.url_model)
         else:
             tokenizer = load_tokenizer(args.model, (m["content"] for dialogue in dialogues for m in dialogue))
@@ -41,14 +50,17 @@ class Replay:
 
     def line(self, dialogue: list[dict], reply: Reply) -> tuple[dict | None, Counter]:
         if not reply.stopped or not reply.answer or (reply.think and not reply.closed):
-            return None, Counter(["without an answer" if reply.stopped else "not ended"])
+            return None, Counter([ASKED, "without an answer" if reply.stopped else "not ended"])
         said = {"role": "assistant", "content": reply.answer}
         said |= {"reasoning_content": reply.think} if reply.think else {}
         before = [{**m, "loss": False} if m["role"] == "assistant" else m for m in dialogue]
-        return {"messages": [*before, said]}, Counter(["used"])
+        return {"messages": [*before, said]}, Counter([ASKED, "used"])
 
     def position(self, done: list[dict]) -> int | None:
-        last = [{name: m[name] for name in ("role", "content")} for m in done[-1].get("messages", [])[:-1]]
+        try:
+            last = [{name: m[name] for name in ("role", "content")} for m in done[-1]["messages"][:-1]]
+        except (KeyError, TypeError):  # lines of another kind
+            return None
         return self.dialogues.index(last) + 1 if last in self.dialogues else None
 
 
@@ -73,14 +85,11 @@ def run() -> None:
     is_run = "dataset" in settings
     dialogues = dialogues_of(rows, args.num_rows, settings["seed"], is_run)
     replay = Replay(dialogues, settings, args)
-    counts = make_lines(args.out, len(dialogues), replay.make, replay.position, args.resume)
-    print(f"{counts['used']:,} replies to {len(dialogues):,} questions; dropped: {reasons(counts)}")
+    counts = make_lines(args.out, len(dialogues), replay.make, replay.position)
+    number = len(lines_of(args.out)[0])
+    print(f"{args.out}: {number:,} replies to {len(dialogues):,} questions; dropped in this launch: {reasons(counts)}")
     if is_run:
-        flags = ["--dataset", f"{args.rows}/data/train.jsonl", str(args.out)]
-        flags += ["--val-dataset", f"{args.rows}/data/val.jsonl"]
-        if settings.get("columns"):
-            flags += ["--columns", *settings["columns"]]
-        print(f"train on them too: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
+        say_how_to_train(args, settings, [f"{args.rows}/data/train.jsonl", str(args.out)])
 
 
 def main() -> None:

@@ -23,15 +23,9 @@ from tools.record import NOISE, Record, collapse, name_of, read_record
 
 NUM_ANSWERS = 5
 FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
-METHOD = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "lora_rank",
-    "think_weight",
-    "answer_weight",
-)
+# Settings of the method, beside the step file.
+METHOD = ("lora_rank", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm")
+METHOD += ("think_weight", "answer_weight", "num_train_epochs")
 # Settings in which two runs of one method always differ.
 NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 
