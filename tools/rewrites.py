@@ -99,6 +99,8 @@ SIGNS = re.compile(r"[<>≤≥±+]|(?<!\d)-(?=\d)|(?<=[(])-(?=[)])")
 ASKS = re.compile("[?]|[吗呢么][。!]*$|怎么|怎样|如何|哪|什么|多少|几|是否|能否|可否|为何|请")
 CHATTER = re.compile("改写|重写|重新表述|改述|^(?:好的|当然|以下|问题:)|rewritten", re.IGNORECASE)
 
+ADVICE = re.compile("建议|应该|应当|可以|需要|注意|避免|多休息|就诊|就医|去医院")
+
 ENGLISH_NUMBERS = re.findall("[a-z]+", "zero one two three four five six seven eight nine ten eleven twelve")
 ENGLISH_DENIAL = re.compile(r"^(?:no|not|never|without|none|nor|cannot)$|n't$")
 ENGLISH_FILLER = ("a", "an", "any", "the", "have", "had", "has", "been", "feel", "be")
@@ -196,8 +198,11 @@ def sides(text: str) -> list[str]:
     return SIDES.findall(ABOUT.sub("", plain(text)))
 
 
-def persons(text: str) -> list[str]:
-    return [match.lastgroup for match in PERSON.finditer(plain(text))]
+def same_persons(question: str, rewrite: str) -> bool:
+    first, second = plain(question), plain(rewrite)
+    meant = [[match.lastgroup for match in PERSON.finditer(text)] for text in (first, second)]
+    asks_of_another = "我" in first and "我" not in second and "你" in second.replace("您", "你")
+    return meant[0] == meant[1] and not asks_of_another
 
 
 def turned(question: str, rewrite: str) -> bool:
@@ -222,7 +227,7 @@ def is_more(question: str, rewrite: str) -> bool:
     if CHATTER.search(second) and not CHATTER.search(first):
         return True
     tails = [text.rpartition("?")[2] if "?" in text else "" for text in (first, second)]
-    return len(tails[1]) > len(tails[0]) + 4
+    return len(tails[1]) > len(tails[0]) + 4 and bool(ADVICE.search(tails[1])) and not ADVICE.search(first)
 
 
 def problem(question: str, rewrite: str) -> str | None:
@@ -241,7 +246,7 @@ def problem(question: str, rewrite: str) -> str | None:
         "other negations": not same_denials(question, rewrite),
         "the contrary": turned(question, rewrite),
         "other names": names(question) != names(rewrite),
-        "other side or person": sides(question) != sides(rewrite) or persons(question) != persons(rewrite),
+        "other side or person": sides(question) != sides(rewrite) or not same_persons(question, rewrite),
     }
     if found := next((reason for reason, broken in rules.items() if broken), None):
         return found
