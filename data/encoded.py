@@ -74,6 +74,8 @@ class Wordings:
 
 
 class InEpoch(Sequence):
+    """The training examples, each in the wording of one epoch."""
+
     def __init__(self, wordings: Wordings, epoch: int):
         self.wordings, self.epoch = wordings, epoch
 
@@ -87,7 +89,8 @@ class InEpoch(Sequence):
 
 
 def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[Encoded, Encoded, Wordings]:
-    """The Examples of train and val; completes split.report with token counts. Raises UserError if one is empty."""
+    """The Examples of train and val, and the other wordings of train; completes split.report with token counts. Raises
+    UserError if train or val is empty."""
     sides = []
     for name, rows in (("train", split.train), ("val", split.val)):
         encoded, problems = encode_all(rows, tokenizer, max_length, overlong)

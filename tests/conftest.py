@@ -161,6 +161,23 @@ def train_py():
 
 
 @pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs a tool's main; returns (exit status, what it said)."""
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
+
+
+@pytest.fixture
 def jsonl(tmp_path):
     """Writes rows (objects, or raw bytes for broken lines) to a file and returns its path."""
 

@@ -3,7 +3,6 @@ one."""
 
 import json
 import re
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -49,23 +48,6 @@ def endpoint():
     yield server
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs a tool's main; returns (exit status, what it said)."""
-
-    def call(module, *args):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return call
 
 
 @pytest.fixture

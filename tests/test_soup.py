@@ -1,8 +1,8 @@
 """Mixtures of two models: weights, losses and the folder, each against an independent computation."""
 
+import functools
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -33,18 +33,8 @@ def base(best, tmp_path_factory):
 
 
 @pytest.fixture
-def mix(monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["tools.soup", *map(str, args)])
-        code = 0
-        try:
-            soup.main()
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return call
+def mix(tool):
+    return functools.partial(tool, soup)
 
 
 def loss_by_transformers(folder, val) -> float:

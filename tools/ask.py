@@ -1,6 +1,6 @@
 """Many replies of a model, local or behind an OpenAI-compatible endpoint, and a file of lines that are made from them.
 
-What was made is in the file at once. A file that was cut off goes on where it ended.
+What was made is in the file after every CHUNK rows. A file that was cut off goes on where it ended.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
-    """The rows that args name, and the settings of their run; fills in args.model and args.out. name: of the file in
-    a run's folder. Raises UserError."""
+    """The rows that args name, and the settings of their run; of rows without a run these have no `dataset`. Fills in
+    args.model and args.out. name: of the file in a run's folder. Raises UserError."""
     folder = Path(args.rows)
     is_run = (folder / "run.json").is_file()
     run = read_run(folder) if is_run else {"system_prompt": TrainConfig.system_prompt, "max_length": 2048, "seed": 0}

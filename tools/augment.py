@@ -96,10 +96,10 @@ class Augment:
         for n, text in self.unlike(asked, kept):
             kept[n].remove(text)
             counts[n]["another answer"] += 1
-        lines = []
-        for n in numbers:
-            lines.append((self.columns(n) | ({"rewrites": kept[n]} if kept[n] else {}), counts[n] + used(kept[n])))
-        return lines
+        return [
+            (self.columns(n) | ({"rewrites": kept[n]} if kept[n] else {}), counts[n] + Counter(used=len(kept[n])))
+            for n in numbers
+        ]
 
     def columns(self, n: int) -> dict:
         return {name: value for name, value in self.rows[n].columns.items() if name != "rewrites"}
@@ -134,10 +134,6 @@ class Augment:
             return None
         last = {name: value for name, value in done[-1].items() if name != "rewrites"}
         return len(done) if to_bytes(last) == to_bytes(self.columns(len(done) - 1)) else None
-
-
-def used(rewrites: list[str]) -> Counter:
-    return Counter({"used": len(rewrites)})
 
 
 def run() -> None:
