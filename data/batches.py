@@ -139,14 +139,24 @@ def pack(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> l
     tokens as first fit finds, the longest row first. A row that is longer is a group of its own."""
     if not micro_batch_tokens:
         return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    groups = []
+    size = 1 << max(0, len(rows) - 1).bit_length()
+    # A tree of the room in each group, whose inner nodes hold the most below them: first fit in log2(n).
+    room = [micro_batch_tokens] * (2 * size)
+    groups: list[list[Example]] = []
     for row in sorted(rows, key=len, reverse=True):
-        for group in groups:
-            if sum(map(len, group)) + len(row) <= micro_batch_tokens:
-                group.append(row)
-                break
+        node, length = 1, len(row)
+        if room[1] >= length:
+            while node < size:
+                node = 2 * node + (room[2 * node] < length)
         else:
-            groups.append([row])
+            node = size + len(groups)
+        if node - size == len(groups):
+            groups.append([])
+        groups[node - size].append(row)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return groups
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from data.batches import Batch, Collated, MicroBatch, rank_rows, step_batch, steps_per_epoch
+from data.batches import Batch, rank_rows, step_batch, steps_per_epoch
+from data.encode import Example
 from data.encoded import Encoded, Wordings, encode_split
 from data.split import Split, load_split
 
@@ -32,18 +33,21 @@ class Data:
         examples = self.wordings.in_epoch(step // self.steps_per_epoch(config))
         return step_batch(step, examples, rows_per_step=self.rows_per_step(config), seed=config.seed, **packing)
 
-    def eval_batches(self, config) -> Sequence[MicroBatch]:
-        return Collated(rank_rows(self.val, **self.packing(config, config.per_device_eval_batch_size)))
+    def eval_rows(self, rows: Sequence[Example], config) -> list[list[Example]]:
+        """This rank's share of rows to evaluate on, as it is laid into micro-batches."""
+        batch_size = config.per_device_eval_batch_size
+        packing = self.packing(config, config.per_device_train_batch_size)
+        if batch_size > 0:
+            packing |= {"batch_size": batch_size, "micro_batch_tokens": 0}
+        return rank_rows(rows, **packing)
 
-    def eval_labels(self, config) -> list[list[tuple[tuple[str, ...], int]]]:
-        """Of each row of each of `eval_batches`: its set and group, and its number of targets. Empty if no row of any
+    def labels_of(self, groups: list[list[Example]]) -> list[list[tuple[tuple[str, ...], int]]]:
+        """Of each row of each of `eval_rows`: its set and group, and its number of targets. Empty if no row of any
         rank has one."""
-        packing = self.packing(config, config.per_device_eval_batch_size)
         if not self.split.labels:
             return []
         return [
-            [(self.split.labels.get(row.location, ()), len(row) - row.prompt_length) for row in rows]
-            for rows in rank_rows(self.val, **packing)
+            [(self.split.labels.get(row.location, ()), len(row) - row.prompt_length) for row in rows] for rows in groups
         ]
 
     def packing(self, config, batch_size: int) -> dict:

@@ -1,6 +1,8 @@
 """Row -> Examples: token ids, and which of them are think and answer targets."""
 
+import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -51,7 +53,8 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
     the end token. Thinking-free turns have an empty block in their prompt. Raises UserError
     if overlong is `error` and a turn has more than max_length tokens.
     """
-    turns, examples, problems = turns_of(rows), [], []
+    turns, problems = without_control(turns_of(rows), tokenizer)
+    examples = []
     for (location, messages), example in zip(turns, encode_turns(turns, tokenizer), strict=True):
         if len(example) > max_length:
             problem = f"has {len(example)} tokens, more than max_length {max_length}"
@@ -63,10 +66,13 @@ def encode_rows(rows: list[Row], tokenizer, max_length: int, overlong: str) -> t
             example = shorter
         if example:
             examples.append(example)
-    if problems and overlong == "error":
-        listed = "; ".join(f"{problem['location']} {problem['problem']}" for problem in problems[:5])
+    too_long = [
+        f"{problem['location']} {problem['problem']}" for problem in problems if "max_length" in problem["problem"]
+    ]
+    if too_long and overlong == "error":
+        listed = "; ".join(too_long[:5])
         raise UserError(
-            f"{len(problems)} rows are too long (overlong is `error`): {listed}. "
+            f"{len(too_long)} rows are too long (overlong is `error`): {listed}. "
             "Raise --max-length or choose --overlong truncate or drop"
         )
     return examples, problems
@@ -80,6 +86,27 @@ def turns_of(rows: Iterable[Row]) -> list[tuple[str, list[dict]]]:
         for index, message in enumerate(row.messages)
         if message["role"] == "assistant" and message.get("loss", True)
     ]
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer) -> re.Pattern:
+    """Those of a tokenizer's own, such as <|im_end|>, which a text that spells one out would become."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+def without_control(turns: list, tokenizer) -> tuple[list, list[dict]]:
+    """(turns, problems): a turn whose text holds a control token is no turn."""
+    kept, problems = [], []
+    for location, messages in turns:
+        texts = (text for m in messages for text in (m["content"], m.get("reasoning_content", "")))
+        found = next(filter(None, map(control_tokens(tokenizer).search, texts)), None)
+        if found:
+            problem = f"has the control token {found.group()} inside its text"
+            problems.append({"location": location, "problem": problem, "action": "dropped"})
+        else:
+            kept.append((location, messages))
+    return kept, problems
 
 
 def encode_turns(turns: list[tuple[str, list[dict]]], tokenizer) -> list[Example]:
@@ -117,8 +144,8 @@ def shorten_thinking(
 
     The cut text is rendered and tokenised again, so what is trained stays what the template renders.
     """
-    thinking = example.input_ids[example.prompt_length : example.answer_start - 1].tolist()
-    if thinking[0] == tokenizer.convert_tokens_to_ids("<think>"):
+    thinking = example.input_ids[example.prompt_length : max(example.prompt_length, example.answer_start - 1)].tolist()
+    if thinking[:1] == [tokenizer.convert_tokens_to_ids("<think>")]:
         thinking = thinking[1:]
     keep = len(thinking)
     while len(example) > max_length:

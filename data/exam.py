@@ -1,94 +1,86 @@
-"""Multiple choice: the questions of an exam, and what a model is asked."""
+"""An exam: its questions, and what a model is asked."""
 
 import random
-import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from data.batches import MicroBatch, collate
+from data.choices import LETTERS, Cells, LeftOut, Question, base_of, read_question, say_left_out
 from data.encode import Example, token_ids
 from data.errors import UserError
 from data.read import read_file
 from data.source import find_source
 from data.template import generation_prompt
 
-LETTERS = "ABCDEFGH"
-LEFT_OUT = "for want of choices or of one right letter, or because they need a picture"
-ASK = "请直接给出正确选项的字母。"
-REFERS = re.compile("^以上|^上述|都(?:是|不是|对|不对)$|均(?:是|不是|对|不对|正确)$|^[A-H](?:[、和与+,，]?[A-H])+")
-OWN_LETTER = re.compile(r"^([A-H])[.、．:：)）]\s*")
-PICTURE = re.compile(r"<img\b|!\[[^\]]*\]\(|data:image/", re.IGNORECASE)
+SPLITS = ("test", "validation", "valid", "val", "eval", "dev", "train")  # of a folder; the first with answers is asked
+Given = Iterable[tuple[str, str]]  # (what it is, column), of --columns
 
 
-class Question(NamedTuple):
-    subject: str
-    text: str
-    choices: tuple[str, ...]  # in the order in which they are asked
-    correct: int  # index of the right one
+class Exam(NamedTuple):
+    questions: list[Question]
+    left_out: Counter  # reason -> questions
+    notes: list[str]  # what a person should know of the files
+    texts: list[str]  # of all questions, of those too that are not asked: none may be trained on
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self.questions):,} questions{say_left_out(self.left_out)}", *self.notes])
 
     @property
-    def asked(self) -> str:
-        choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
-        return "\n".join([self.text, *choices, ASK])
+    def guessing(self) -> float:
+        """The share of right answers that a guess gives."""
+        return sum(1 / len(question.choices) for question in self.questions) / max(1, len(self.questions))
 
 
-def read_exam(names: list[str]) -> tuple[list[Question], int]:
-    """The questions with one right choice, and how many were left out. Raises UserError if a file has none."""
-    questions, left_out = [], 0
+def read_exam(names: Iterable[str], given: Given = ()) -> Exam:
+    """Each question once, though it may stand in several files. Raises UserError if a name has none to ask."""
+    exam, seen = Exam([], Counter(), [], []), set()
     for name in names:
-        source, before = find_source(name), len(questions)
-        for path in source.files:
-            for _, columns in read_file(path, path.name, source.part, []):
-                question = read_question(columns, path.stem) if isinstance(columns, dict) else None
-                if question:
-                    questions.append(question)
-                else:
-                    left_out += 1
-        if len(questions) == before:
+        source = find_source(name, SPLITS)
+        rows = {split: rows_of(files, source.part) for split, files in source.splits.items()}
+        exam.texts.extend(Cells(columns, given).question()[0] for read in rows.values() for columns, _ in read)
+        for split, read in rows.items():
+            indices = random.Random(0).sample(range(len(read)), source.number_of(len(read)))
+            base = base_of((columns for columns, _ in read), given)
+            found, left_out = ask([read[index] for index in sorted(indices)], given, base)
+            if found:
+                break
+        else:
+            columns = dict.fromkeys(f"`{column}`" for read in rows.values() for row, _ in read for column in row)
             raise UserError(
-                f"{name} has no question with choices and one right letter; columns of CMMLU, C-Eval, CMB and CMExam "
-                "are known: question, A to D or option, answer"
+                f"{name} has no question with choices and one right answer{say_left_out(left_out)}. Its columns are "
+                f"{', '.join(columns) or 'none'}; known are those of CMMLU, C-Eval, CMB, CMExam, MedQA and MedMCQA, or "
+                "question, options (or A to D) and answer"
             )
-    return questions, left_out
+        if len(rows) > 1:
+            exam.notes.append(f"{name}: {split} is asked; nothing of {', '.join(rows)} is trained on")
+        if base is not None:
+            exam.notes.append(f"{name}: its answers are numbers that count from {base}")
+        new = [question for question in found if question.key not in seen]
+        seen.update(question.key for question in new)
+        exam.questions.extend({question.key: question for question in new}.values())
+        exam.left_out.update(left_out)
+        exam.left_out["asked already"] += len(found) - len({question.key for question in new})
+    return exam._replace(left_out=+exam.left_out)
 
 
-def read_question(columns: dict, stem: str) -> Question | None:
-    """None if it has no text, needs a picture, has fewer than two choices, or not exactly one right one."""
-    cells = {str(name).strip().lower(): value for name, value in columns.items() if value is not None}
-    choices = choices_of(cells)
-    letter = str(cells.get("answer", "")).strip().upper()
-    text = str(cells.get("question", "")).strip()
-    needs_picture = any(cells.get(name) for name in ("image", "images", "img", "picture")) or PICTURE.search(
-        "\n".join([text, *choices.values()])
-    )
-    if not text or needs_picture or not 2 <= len(choices) <= len(LETTERS) or letter not in choices:
-        return None
-    order = sorted(choices)
-    if not any(REFERS.search(choice) for choice in choices.values()):  # to other choices, whose letters would be others
-        random.Random(f"{text}{order}").shuffle(order)
-    subject = next((str(cells[name]) for name in ("subject", "exam_subject", "exam_class") if cells.get(name)), stem)
-    return Question(subject, text, tuple(choices[name] for name in order), order.index(letter))
+def rows_of(files: list, part: str) -> list[tuple[dict, str]]:
+    """(columns, name of the file) of each row."""
+    read = ((row, path.stem) for path in files for _, row in read_file(path, path.name, part, []))
+    return [(row, stem) for row, stem in read if isinstance(row, dict)]
 
 
-def choices_of(cells: dict) -> dict[str, str]:
-    """letter -> text, from columns of their own, an object, pairs, or lines that begin with the letter."""
-    own = {letter: str(cells[letter.lower()]).strip() for letter in LETTERS if letter.lower() in cells}
-    options = cells.get("option", cells.get("options", cells.get("choices", own)))
-    if isinstance(options, str):
-        options = dict(re.findall(r"^\s*([A-H])[\s.、．:：)）]\s*(.*?)\s*$", options, re.MULTILINE))
-    elif isinstance(options, list):
-        pairs = [
-            (str(o.get("key", o.get("label"))), o.get("value", o.get("text"))) for o in options if isinstance(o, dict)
-        ]
-        options = dict(pairs) if pairs else dict(zip(LETTERS, options, strict=False))
-    if not isinstance(options, dict):
-        return {}
-    named = {str(letter).strip().upper(): str(text).strip() for letter, text in options.items() if str(text).strip()}
-    own = {letter: OWN_LETTER.match(text) for letter, text in named.items()}
-    if all(match and match[1] == letter for letter, match in own.items()):  # "A. 甲"
-        named = {letter: text[own[letter].end() :] for letter, text in named.items()}
-    return named
+def ask(rows: list[tuple[dict, str]], given: Given, base: int | None) -> tuple[list[Question], Counter]:
+    """(questions, why others were left out)"""
+    found, left_out = [], Counter()
+    for columns, stem in rows:
+        try:
+            found.append(read_question(columns, stem, given, base))
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+    return found, left_out
 
 
 def exam_prompts(questions: list[Question], tokenizer, system_prompt: str, thinking: bool = False) -> list[str]:

@@ -1,13 +1,11 @@
 """Columns of a row -> one dialogue: the names that people give to a question, its thinking and its answer."""
 
 import functools
-import re
-import unicodedata
-from string import ascii_uppercase
 from typing import NamedTuple
 
+from data.choices import choices_of
 from data.messages import add_thinking, assistant, clean, filled, read_messages, user
-from data.texts import EMPTY, as_text, from_text
+from data.texts import EMPTY, as_text, from_text, normal
 
 # What a column can be -> its names, in lower case, the most specific first; those in one set mean the same.
 COLUMNS = {
@@ -20,7 +18,7 @@ COLUMNS = {
     "rewrites": [{"rewrites"}],
     "think": [
         {"think", "thinking", "thought", "reasoning", "reasoning_content", "reasoning_reasoning_content", "complex_cot",
-         "cot", "chain_of_thought", "思考", "思考过程", "推理", "推理过程"},
+         "cot", "chain_of_thought", "思考", "思考过程", "思路", "推理", "推理过程"},
         {"explanation", "rationale", "解析"},
     ],
     "answer": [
@@ -145,12 +143,6 @@ def candidates(names: tuple[str, ...], given: Given) -> dict[str, list[list[str]
     }
 
 
-@functools.lru_cache(maxsize=4096)
-def normal(name: str) -> str:
-    """A column's name without case, width, blanks and signs."""
-    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).casefold()).strip("_")
-
-
 def read_question(row: Columns, system_prompt: str, unused: set[str]) -> list[dict]:
     question = row.take("question")
     name = row.column("question")
@@ -204,6 +196,12 @@ def read_rewrites(row: Columns, asked: list[str]) -> tuple[str, ...]:
     return tuple(text for text in texts if text != asked[0])
 
 
+def as_columns(row):
+    """A row that is a list of messages, as the column that it would be."""
+    is_dialogue = isinstance(row, list) and row and all(isinstance(item, dict) for item in row)
+    return {"messages": row} if is_dialogue else row
+
+
 def as_list(text: str) -> list:
     """A list as a table holds it, or one text."""
     try:
@@ -234,18 +232,10 @@ def is_empty_cell(name: str, value) -> bool:
 
 
 def as_options(value) -> str:
-    """A. ..., B. ... of a question with choices: an object, a list, two lists of letters and texts, or text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        value = from_text(value.strip(), "options")
-    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
-        value = dict(zip(value["label"], value["text"], strict=True))
-    if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) == 2 for item in value):
-        value = dict(item.values() for item in value)
-    if isinstance(value, list):
-        texts = [as_text(text, "options").strip() for text in value]
-        has_letters = all(text[:1] == letter for letter, text in zip(ascii_uppercase, texts, strict=False))
-        value = dict(enumerate(texts)) if has_letters else dict(zip(ascii_uppercase, texts, strict=len(texts) > 26))
-        return "\n".join(text if has_letters else f"{letter}. {text}" for letter, text in value.items())
-    if isinstance(value, dict):
-        return "\n".join(f"{letter}. {as_text(text, 'options')}" for letter, text in filled(value).items())
-    return as_text(value, "options")
+    """A. ..., B. ... of a question with choices: a text as it is, or what `choices_of` knows."""
+    if isinstance(value, str) and value.lstrip()[:1] not in ("{", "["):
+        return value
+    choices = choices_of(value)
+    if not choices:
+        raise ValueError("`options` holds no choices that can be read")
+    return "\n".join(f"{label}. {text}" for label, text in choices.items())

@@ -1,18 +1,18 @@
-"""Questions that stand on both sides of a split, whatever their punctuation, and questions of an exam."""
+"""Questions that stand on both sides of a split, whatever their punctuation, and what must not be trained on."""
 
+import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
+from data.choices import Cells
 from data.errors import UserError
-from data.formats import Columns, Given, is_dialogue, read_question
-from data.messages import read_messages
+from data.formats import Given, as_columns, read_row
 from data.read import read_file
 from data.source import find_source
+from data.texts import NARROW
 
-# Characters of full width, and the blank that is as wide, as the narrow ones that they stand for.
-NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 # Signs that make another number or another name of it: 1.5 and 15, 3-5 and 35, -3 and 3, C# and C.
 IN_NUMBERS = re.compile(r"(?<=\d)\s*([.,:、])\s*(?=\d)|(?<=[0-9A-Za-z])\s*([-+*/^#&])|([-+*/^#&])(?=\s*[0-9A-Za-z])")
 NO_WORD = re.compile(r"[\W_]")
@@ -32,26 +32,54 @@ def question_key(text: str) -> str:
     return NO_WORD.sub(keep, text)
 
 
-class Exam:
-    """The questions of --exclude and --exam: a whole question, a line of one, or a part that is long enough to tell."""
+class Excluded:
+    """What must not be trained on: exam questions, wherever a user asks them, and rows by their messages.
 
-    def __init__(self, files: Iterable[str], given: Given = (), taken: Iterable[str] = ()):
-        """taken: the files of --exam."""
+    A question is found as a whole, as a line of a longer text, or inside of one if it is long enough to tell.
+    """
+
+    def __init__(self, files: Iterable[str], given: Given = (), exam_texts: Iterable[str] = ()):
+        """files: of --exclude; a row of multiple choice, or without an answer, stands for its question, any other for
+        itself. exam_texts: the questions of --exam. Raises UserError at a row that is neither."""
         self.whole: set[str] = set()
         self.long: dict[str, list[str]] = defaultdict(list)
-        for flag, name in [("--exclude", name) for name in files] + [("--exam", name) for name in taken]:
-            found = {question_key(text) for text in read_questions(name, given, flag)}
-            for question in found - {""} - self.whole:
-                self.whole.add(question)
-                if len(question) >= SEED:
-                    self.long[question[:SEED]].append(question)
+        self.rows: set[str] = set()
+        texts = list(exam_texts)
+        for name in files:
+            source = find_source(name)
+            paths = [path for paths in source.splits.values() for path in paths]
+            read = [row for path in paths for row in read_file(path, path.name, source.part, [])]
+            for location, columns in read[: source.number_of(len(read))]:
+                texts += self.take(location, as_columns(columns), name, given)
+        for question in {question_key(text) for text in texts} - {""}:
+            self.whole.add(question)
+            if len(question) >= SEED:
+                self.long[question[:SEED]].append(question)
 
-    def holds(self, turns: list[str]) -> bool:
+    def take(self, location: str, columns, name: str, given: Given) -> list[str]:
+        """The question of a row that stands for it; otherwise the row is noted."""
+        question, choices = Cells(columns, given).question() if isinstance(columns, dict) else ("", {})
+        if question and choices:
+            return [question]
+        try:
+            self.rows.add(said(read_row(columns, "", given).messages))
+            return []
+        except ValueError as reason:
+            if question:
+                return [question]
+            raise UserError(
+                f"--exclude {name}: {location} {reason}; --columns question=COLUMN names its question"
+            ) from None
+
+    def holds(self, messages: list[dict]) -> bool:
+        return said(messages) in self.rows or self.asks(m["content"] for m in messages if m["role"] == "user")
+
+    def asks(self, turns: Iterable[str]) -> bool:
         """turns: what the user says. A line may be the question, with a context or choices in others."""
         return bool(self.whole) and any(
-            question_key(text) in self.whole or self.is_inside(question_key(text))
+            key in self.whole or self.is_inside(key)
             for turn in turns
-            for text in (turn, *turn.splitlines())
+            for key in map(question_key, {turn, *turn.splitlines()})
         )
 
     def is_inside(self, text: str) -> bool:
@@ -67,29 +95,8 @@ def cuts_a_number(text: str, begin: int, end: int) -> bool:
     return any(0 < at < len(text) and text[at - 1].isdigit() and text[at].isdigit() for at in (begin, end))
 
 
-def read_questions(name: str, given: Given, flag: str) -> Iterator[str]:
-    """What the user would say in each row of an exam, with its choices and without. Raises UserError if a row has no
-    question, because the exam would then be trained on unnoticed."""
-    source = find_source(name)
-    for path in source.files:
-        for location, columns in read_file(path, path.name, source.part, []):
-            try:
-                if not isinstance(columns, dict):
-                    raise ValueError(columns if isinstance(columns, str) else "is not an object")
-                yield from questions_of(Columns(columns, given))
-            except ValueError as reason:
-                raise UserError(f"{flag} {name}: {location} {reason}; --columns question=COLUMN names it") from None
-
-
-def questions_of(row: Columns) -> Iterator[str]:
-    dialogue = row.take("dialogue")
-    if dialogue is not None:
-        messages = read_messages(dialogue, "dialogue", set())
-    else:
-        messages = read_question(row, "", set())
-        value = row.filled[[name for name, became in row.used.items() if became == "question"][-1]]
-        if isinstance(value, str) and not is_dialogue(value):
-            yield value
-    for message in messages:
-        if message["role"] == "user" and isinstance(message["content"], str):
-            yield message["content"]
+def said(messages: list[dict]) -> str:
+    """A dialogue without its system prompt, which may be that of the run."""
+    return json.dumps(
+        [[m["role"], m["content"], m.get("reasoning_content")] for m in messages if m["role"] != "system"]
+    )

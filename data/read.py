@@ -10,13 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.errors import UserError, cannot_import, one_line
-from data.formats import COLUMNS, normal
-from data.texts import Repeated, without_repeats
+from data.formats import COLUMNS
+from data.texts import Repeated, is_blank, normal, without_repeats
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 TEXT_TYPES = (".jsonl", ".json", ".csv", ".tsv")
 NUM_SNIFFED = 1000  # lines by which an encoding is told
 UTF8_IN_GB18030 = 16  # bytes: so many are no chance
+OTHERS = {"big5": "Big5", "shift_jis": "Shift-JIS", "euc_jp": "EUC-JP", "cp949": "EUC-KR"}  # what GB18030 decodes too
+# How a file begins that is not what its name says, and what it is.
+SIGNS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file: `git lfs pull` gets it",
+    b"<!doctype html": "is a web page, perhaps of a login, and no data",
+    b"<html": "is a web page, perhaps of a login, and no data",
+    b"\xd0\xcf\x11\xe0": "is an old Excel or Word file: save it as .xlsx or .csv",
+    b"pk\x03\x04": "is a zip archive: unpack it",
+    b"\x1f\x8b": "is packed by gzip: its name ends in .gz then",
+}
 
 
 def file_type(path: Path) -> str | None:
@@ -28,51 +38,71 @@ def file_type(path: Path) -> str | None:
 
 
 def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
-    """(location, columns) of every row, or (location, reason) of one that cannot be read. name: of the file, in
-    locations. part: the split to take of a file that holds several. notes: gets what a person should know.
+    """(location, columns) of every row that is not blank, or (location, reason) of one that cannot be read. name: of the
+    file, in locations. part: the split to take of a file that holds several. notes: gets what a person should know.
 
     Raises UserError if the file cannot be read.
     """
-    kind = file_type(path)
-    readers = {".parquet": read_parquet, ".arrow": read_arrow, ".xlsx": read_excel}
     try:
-        if kind in readers:
-            # A sheet's first row is its header.
-            for number, row in enumerate(readers[kind](path, notes), start=2 if kind == ".xlsx" else 1):
-                yield f"{name} row {number}", row
-            return
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        with opened(path, "rb") as file:
-            encoding = find_encoding(file)
-            if encoding != "utf-8-sig":
-                notes.append(f"{name} is read as {encoding.upper()}")
-            file.seek(0)
-            if kind in (".csv", ".tsv"):
-                check_lines(file, encoding, name)
-                yield from read_csv(io.TextIOWrapper(file, encoding=encoding, newline=""), name)
-            elif not part and is_json_lines(file, encoding):
-                yield from read_json_lines(file, name, encoding)
-            else:
-                text = decode(file.read(), encoding, name)
-                for number, row in enumerate(json_rows(text, name, part, notes), start=1):
-                    yield f"{name} row {number}", "is not an object but text" if isinstance(row, str) else row
+        for location, row in read_rows(path, name, part, notes):
+            if not isinstance(row, dict) or not all(map(is_blank, row.values())):
+                yield location, row
     except (UserError, MemoryError):
         raise
     except Exception as error:  # each format's reader raises its own kinds
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def find_encoding(file) -> str:
-    """utf-8-sig, gb18030 or utf-16, by the byte order mark or by what most of the first lines are."""
+def read_rows(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
+    kind, is_packed = file_type(path), path.suffix.lower() == ".gz"
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \r\n").lower()
+    for sign, what in SIGNS.items():
+        if head.startswith(sign) and not (sign.startswith(b"pk") and kind == ".xlsx") and not is_packed:
+            raise UserError(f"{path} {what}")
+    if kind in (".parquet", ".arrow", ".xlsx"):
+        read = {".parquet": read_parquet, ".arrow": read_arrow, ".xlsx": read_excel}[kind]
+        # A sheet's first row is its header.
+        for number, row in enumerate(read(path, notes), start=2 if kind == ".xlsx" else 1):
+            yield f"{name} row {number}", row
+        return
+    with (gzip.open if is_packed else open)(path, "rb") as file:
+        encoding = find_encoding(file, name)
+        if encoding != "utf-8-sig":
+            notes.append(f"{name} is read as {encoding.upper()}")
+        file.seek(0)
+        if kind in (".csv", ".tsv"):
+            check_lines(file, encoding, name)
+            yield from read_csv(io.TextIOWrapper(file, encoding=encoding, newline=""), name)
+        elif not part and is_json_lines(file, encoding):
+            yield from read_json_lines(file, name, encoding)
+        else:
+            text = decode(file.read(), encoding, name)
+            for number, row in enumerate(json_rows(text, name, part, notes), start=1):
+                yield f"{name} row {number}", "is not an object but text" if isinstance(row, str) else row
+
+
+def find_encoding(file, name: str) -> str:
+    """utf-8-sig, gb18030 or utf-16, by the byte order mark or by what most of the first lines are. Raises UserError if
+    they are more like another encoding, whose bytes GB18030 would take for other characters."""
     head = file.read(4096)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in head[:2]:
         return "utf-16-be" if head[:1] == b"\0" else "utf-16-le"
     file.seek(0)
-    sniffed = itertools.islice((line for line in file if not line.isascii()), NUM_SNIFFED)
+    sniffed = list(itertools.islice((line for line in file if not line.isascii()), NUM_SNIFFED))
     votes = [decodes(line, "utf-8") or not decodes(line, "gb18030") for line in sniffed]
-    return "utf-8-sig" if sum(votes) * 2 >= len(votes) else "gb18030"
+    if sum(votes) * 2 >= len(votes):
+        return "utf-8-sig"
+    from charset_normalizer import from_bytes
+
+    lines = b"".join(line for line in sniffed if not decodes(line, "utf-8"))
+    found = from_bytes(lines, cp_isolation=["gb18030", *OTHERS]).best()
+    if found is None or found.encoding != "gb18030":
+        like = f"looks like {OTHERS[found.encoding]}" if found else "is not GB18030"
+        raise UserError(f"{name} is no UTF-8 and {like}; save it as UTF-8")
+    return "gb18030"
 
 
 def check_lines(file, encoding: str, name: str) -> None:
@@ -192,20 +222,21 @@ def read_csv(file: io.TextIOWrapper, name: str) -> Iterator[tuple[str, dict]]:
         if repeated:
             raise UserError(f"{name}: two columns are named {', '.join(sorted(repeated))}; rename one")
         header = [field or f"column {number}" for number, field in enumerate(header, start=1)]
-        while True:
+        for number in itertools.count(2):  # as a spreadsheet counts rows, which may have several lines
             begin = reader.line_num + 1
             fields = next(reader, None)
             if fields is None:
                 return
             if not any(fields):
                 continue
+            where = f"{name}:{begin}" if begin == number else f"{name}:{begin} (row {number})"
             if any(fields[len(header) :]) or len(fields) < len(header):
                 raise UserError(
-                    f"{name}:{begin} has {len(fields)} fields, but the header has {len(header)}; a field that holds "
+                    f"{where} has {len(fields)} fields, but the header has {len(header)}; a field that holds "
                     f"{delimiter!r} or a line break stands in double quotes"
                 )
             row = dict(zip(header, fields, strict=False))
-            yield f"{name}:{begin}", "repeats the header" if all(key == row[key] for key in row) else row
+            yield where, "repeats the header" if all(key == row[key] for key in row) else row
     except csv.Error as error:
         reason = "a quote opens here and is never closed" if "unexpected end" in str(error) else str(error)
         raise UserError(
@@ -220,8 +251,7 @@ def read_parquet(path: Path, notes: list[str]) -> Iterator[dict]:
     file = pyarrow.parquet.ParquetFile(path)
     if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
         raise UserError(f"{path.name} has two columns of one name; rename one")
-    for batch in file.iter_batches():
-        yield from batch.to_pylist()
+    yield from rows_of(file.iter_batches(), path.name, notes)
 
 
 def read_arrow(path: Path, notes: list[str]) -> Iterator[dict]:
@@ -230,25 +260,47 @@ def read_arrow(path: Path, notes: list[str]) -> Iterator[dict]:
 
     with pyarrow.memory_map(str(path)) as source:
         try:
-            reader = pyarrow.ipc.open_stream(source)
-            batches = iter(reader)
+            batches = iter(pyarrow.ipc.open_stream(source))
         except pyarrow.ArrowInvalid:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        for batch in batches:
-            yield from batch.to_pylist()
+        yield from rows_of(batches, path.name, notes)
+
+
+def rows_of(batches, name: str, notes: list[str]) -> Iterator[dict]:
+    """A column that Python cannot hold, such as a date of another age, is left out."""
+    for batch in batches:
+        columns = {}
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                columns[column] = values.to_pylist()
+            except (ValueError, OverflowError, NotImplementedError, ImportError) as error:
+                note = f"{name}: column `{column}` cannot be read ({one_line(error)[:80]})"
+                if note not in notes:
+                    notes.append(note)
+        for cells in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, cells, strict=True))
 
 
 def read_excel(path: Path, notes: list[str]) -> Iterator[dict]:
     """The first sheet, all cells as text."""
     try:
-        import openpyxl  # noqa: F401
-        import pandas
+        import openpyxl
     except ImportError as error:
-        raise cannot_import(error, error.name or "pandas", "excel") from error
-    with pandas.ExcelFile(path) as book:
-        first, *others = book.sheet_names
-        notes += [f"{path.name}: sheet {sheet} is not read" for sheet in others]
-        table = book.parse(first, dtype=str, keep_default_na=False)
-    for row in table.to_dict("records"):
-        yield {str(key): value for key, value in row.items()}
+        raise cannot_import(error, "openpyxl", "excel") from error
+    try:
+        book = openpyxl.load_workbook(path, data_only=True)
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is no .xlsx file: save it as one ({one_line(error)})") from None
+    sheet, *others = book.worksheets
+    notes += [f"{path.name}: sheet {other.title} is not read" for other in others]
+    if merged := sorted(map(str, sheet.merged_cells.ranges)):
+        listed = ", ".join(merged[:5]) + (", ..." if len(merged) > 5 else "")
+        notes.append(f"{path.name}: of merged cells the first alone holds the text ({listed})")
+    rows = sheet.iter_rows(values_only=True)
+    header = ["" if cell is None else str(cell).strip() for cell in next(rows, ())]
+    if repeated := {name for name in header if name and header.count(name) > 1}:
+        raise UserError(f"{path.name}: two columns are named {', '.join(sorted(repeated))}; rename one")
+    header = [name or f"column {number}" for number, name in enumerate(header, start=1)]
+    for row in rows:
+        yield dict(zip(header, ("" if cell is None else str(cell) for cell in row), strict=False))

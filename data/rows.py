@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +13,16 @@ from tqdm import tqdm
 
 from data.errors import UserError
 from data.feedback import take_feedback
-from data.formats import COLUMNS, NAMES, Ambiguous, Given, candidates, normal, read_row
+from data.formats import COLUMNS, NAMES, Ambiguous, Given, as_columns, candidates, read_row
 from data.leaks import question_key
 from data.read import read_file
-from data.source import Source, find_source
+from data.source import find_source
+from data.texts import normal
 
 MAX_UNUSABLE = 0.1
+NO_TEXT = re.compile(
+    r"(?:^|_)(?:id|uid|uuid|guid|no|nr|index|idx|date|time|url)(?:_|$)|编号|序号|号码|病历号|流水号|日期|时间|链接"
+)
 MANY = 20_000  # rows from which on it takes a while
 
 
@@ -30,6 +35,7 @@ class Row:
     messages: list[dict]  # of a data.formats.Dialogue
     dataset: str = ""  # the label of its --dataset
     rewrites: tuple[str, ...] = ()  # of a data.formats.Dialogue
+    is_correction: bool = False  # of a model's reply, by a person
 
     @property
     def asked(self) -> list[str]:
@@ -76,11 +82,11 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     labels.update(f"file {name}" for name in names)
     for path, name in zip(source.files, names, strict=True):
         read += ((place, as_columns(row)) for place, row in read_file(path, name, source.part, notes))
-    read, said = take_feedback(read, config.train_liked)
-    notes += said
-    random.Random(config.seed).shuffle(read)
-    if source.amount:
-        read = read[: amount_of(source, len(read), notes)]
+    read, feedback = take_feedback(read, config.train_liked)
+    random.Random(config.split_seed).shuffle(read)
+    read = read[: source.number_of(len(read))]
+    if source.amount.isdigit() and int(source.amount) > len(read):
+        notes.append(f"{source.name} has {len(read):,} rows, fewer than the {int(source.amount):,} asked for")
     used, unused, found, reasons, rows = Counter(), Counter(), {}, {}, []
     for location, columns in show_progress(read, "reading"):
         if isinstance(columns, dict):
@@ -97,7 +103,8 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         used.update(dialogue.used.items())
         unused.update(dialogue.unused)
         problems += [{"location": location, "problem": what, "action": action} for what, action in dialogue.notes]
-        rows.append(Row(location, columns, dialogue.messages, label, dialogue.rewrites))
+        is_correction = feedback.trained.get(location) == "corrected"
+        rows.append(Row(location, columns, dialogue.messages, label, dialogue.rewrites, is_correction))
     unusable = sum(map(len, reasons.values()))
     if unusable > MAX_UNUSABLE * len(read):
         raise UserError(f"{source.name}: {nothing_fits(reasons, unusable, read, given)}")
@@ -114,17 +121,12 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         "not_used": dict(unused.most_common()),
         "notes": notes,
         "found": list(found),
+        "feedback": feedback,
     }
     order = [*COLUMNS, "group"]
     for (column, role), count in sorted(used.items(), key=lambda item: order.index(item[0][1])):
         about["columns"].setdefault(column, {})[role] = count
     return rows, about
-
-
-def as_columns(row):
-    """A row that is a list of messages, as the column that it would be."""
-    is_dialogue = isinstance(row, list) and row and all(isinstance(item, dict) for item in row)
-    return {"messages": row} if is_dialogue else row
 
 
 def show_progress(items: list, what: str) -> tqdm:
@@ -142,15 +144,6 @@ def file_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def amount_of(source: Source, rows: int, notes: list[str]) -> int:
-    """Rows that :500 or :10% takes."""
-    if source.amount.endswith("%"):
-        return max(1, round(rows * float(source.amount[:-1]) / 100))
-    if int(source.amount) > rows:
-        notes.append(f"{source.name} has {rows:,} rows, fewer than the {int(source.amount):,} asked for")
-    return int(source.amount)
-
-
 def nothing_fits(reasons: dict[str, list[str]], unusable: int, read: list, given: Given) -> str:
     """What is wrong with most rows, each reason once, and the command that may put it right."""
     total = len(read)
@@ -161,10 +154,7 @@ def nothing_fits(reasons: dict[str, list[str]], unusable: int, read: list, given
     )
     columns = next((row for _, row in read if isinstance(row, dict)), None)
     if columns and 2 * sum(len(reasons.get(f"has no {role}", ())) for role in ("question", "answer")) > total:
-        found, said = candidates(tuple(columns), given), {column for _, column in given}
-        free = [name for name, value in columns.items() if isinstance(value, str) and normal(name) not in NAMES | said]
-        guesses = zip(("question", "answer"), (free[:1], free[-1:]), strict=True)
-        given += tuple((role, *(guess or ["COLUMN"])) for role, guess in guesses if not any(found[role]))
+        given += propose([row for _, row in read[:100] if isinstance(row, dict)], given)
         example = " ".join(f"'{role}={name}'" for role, name in given)
         known = {role: ", ".join(sorted(name for rank in ranks for name in rank)) for role, ranks in COLUMNS.items()}
         text += (
@@ -173,3 +163,29 @@ def nothing_fits(reasons: dict[str, list[str]], unusable: int, read: list, given
             f"thinking ({known['think']}).\nSay which column is which, for example: --columns {example}"
         )
     return text
+
+
+def propose(rows: list[dict], given: Given) -> Given:
+    """(what it is, column) for what no column was found to be: by a known word inside a column's name (患者问题), or else
+    the first and the last column of texts; never a number, a date or an id."""
+    longest = {name: max(len(str(row.get(name) or "")) for row in rows) for name in rows[0]}
+    found, said = candidates(tuple(rows[0]), given), {column for _, column in given}
+    free = [
+        name
+        for name in rows[0]
+        if normal(name) not in NAMES | said
+        and not NO_TEXT.search(normal(name))
+        and any(isinstance(row.get(name), str) and re.search(r"[^\W\d_]", row[name]) for row in rows)
+    ]
+    pairs = {}
+    for role in ("question", "think", "answer"):
+        words = [word for rank in COLUMNS[role] for word in rank if len(word) > 2 or not word.isascii()]
+        named = [name for name in free if any(word in normal(name) for word in words) and name not in pairs.values()]
+        if named and not any(found[role]):
+            pairs[role] = named[0]
+    texts = [name for name in free if longest[name] >= 4 and name not in pairs.values()]
+    for role, places in (("question", texts[:1]), ("answer", texts[-1:])):
+        if role not in pairs and not any(found[role]):
+            pairs[role] = (places or ["COLUMN"])[0]
+            texts = [name for name in texts if name != pairs[role]]
+    return tuple(pairs.items())

@@ -14,16 +14,29 @@ from data.read import FILE_TYPES, file_type
 SAMPLE = Path(__file__).with_name("sample.jsonl")
 SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|eval|test)(?=[^a-z]|$)")
 NUMBER = re.compile(r"\d+")
+LEFT_BEHIND = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+NO_DATA = {"dataset_infos.json", "dataset_info.json", "data_report.json"}
 
 
 class Source(NamedTuple):
     """One name of --dataset, NAME[:PART][:AMOUNT]."""
 
     name: str  # as it was given, without the amount
-    files: list[Path]
+    splits: dict[
+        str, list[Path]
+    ]  # split -> files, the one to read first; one without a name if nothing tells them apart
     part: str  # the split to take of a file that holds several; empty if none was named
     amount: str  # rows to take: 500, 10%, or empty for all
-    notes: list[str]  # what is not read
+
+    @property
+    def files(self) -> list[Path]:
+        return next(iter(self.splits.values()))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not read."""
+        _, *others = self.splits.values()
+        return [f"{path} is not read; --val-dataset {path} takes it" for files in others for path in files]
 
     @property
     def label(self) -> str:
@@ -32,9 +45,16 @@ class Source(NamedTuple):
         stem = name.split(".")[0] or name
         return f"{stem}-{part}" if part else stem
 
+    def number_of(self, rows: int) -> int:
+        """Of so many rows those that :500 or :10% takes."""
+        if self.amount.endswith("%"):
+            return max(1, round(rows * float(self.amount[:-1]) / 100))
+        return min(rows, int(self.amount or rows))
 
-def find_source(text: str) -> Source:
-    """Raises UserError if there is no such file, or if it is not clear which of several is meant."""
+
+def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:
+    """order: of splits, of which the first that is there is read. Raises UserError if there is no such file, or if it
+    is not clear which of several is meant."""
     name, part, amount = parse(text)
     plain = name.removesuffix(f":{part}") if part else name
     path = Path(plain).expanduser()
@@ -43,14 +63,13 @@ def find_source(text: str) -> Source:
     if part and (plain == "sample" or (path.is_file() and file_type(path) not in (".json", ".jsonl"))):
         raise UserError(f"{text}: {plain} holds no {part!r}; an amount of rows is :1000 or :10%")
     if plain == "sample":
-        return Source(name, [SAMPLE], part, amount, [])
+        return Source(name, {"": [SAMPLE]}, part, amount)
     if path.is_file():
         if file_type(path) is None:
             raise UserError(f"{plain}: a dataset file ends in {', '.join(FILE_TYPES)} (or these with .gz)")
-        return Source(name, [path], part, amount, [])
+        return Source(name, {"": [path]}, part, amount)
     if path.is_dir():
-        files, notes = files_of_folder(path, part, name)
-        return Source(name, files, "", amount, notes)
+        return Source(name, in_order(splits_of_folder(path, part, name), part, order, name), "", amount)
     owner, name_there, *inside = [*plain.split("/"), ""]
     hub_id, file = f"{owner}/{name_there}", "/".join(inside[:-1])
     is_missing_file = file_type(path) is not None and not file
@@ -59,8 +78,7 @@ def find_source(text: str) -> Source:
             f"there is no dataset file {plain!r}; name a file ({', '.join(FILE_TYPES)}), a folder of them, "
             "a ModelScope dataset id (owner/name), or `sample`"
         )
-    files, notes = files_of_hub(hub_id, file, part)
-    return Source(name, files, "", amount, notes)
+    return Source(name, in_order(splits_of_hub(hub_id, file, part), part, order, name), "", amount)
 
 
 def parse(text: str) -> tuple[str, str, str]:
@@ -85,26 +103,47 @@ def public_name(text: str) -> str:
     return ":".join(filter(None, (path.name if path.exists() else plain, part, amount)))
 
 
-def files_of_folder(folder: Path, part: str, name: str) -> tuple[list[Path], list[str]]:
-    """(files, notes) of a folder of data files, or of one that datasets' save_to_disk wrote."""
+def in_order(splits: dict[str, list[Path]], part: str, order: tuple[str, ...], name: str) -> dict[str, list[Path]]:
+    """With the split first that is read: the first of `order` that is there, or else the files of none. Raises
+    UserError if there are several and none of these."""
+    if SPLIT.search(part.lower()) or len(splits) == 1:
+        return {"": [path for files in splits.values() for path in files]}
+    wanted = [split for split in (*order, "") if split in splits]
+    if not wanted:
+        examples = " or ".join(f"{name}:{split}" for split in splits)
+        raise UserError(f"{name} holds the splits {', '.join(splits)}; choose one: {examples}")
+    return {split: splits[split] for split in [*wanted, *(split for split in splits if split not in wanted)]}
+
+
+def splits_of_folder(folder: Path, part: str, name: str) -> dict[str, list[Path]]:
+    """Of a folder of data files, of a copy of a hub's set with its README, or of what datasets' save_to_disk wrote."""
     if (folder / "dataset_dict.json").is_file():  # of several splits
         splits = read_index(folder / "dataset_dict.json", "splits")
-        chosen = choose_split(splits, part, name)
-        notes = [
-            f"split {split} is not read; --val-dataset {folder}:{split} takes it" for split in splits if split != chosen
-        ]
-        return files_of_folder(folder / chosen, "", name)[0], notes
+        if part not in ("", *splits):
+            raise UserError(f"{name}: it holds the splits {', '.join(splits)}")
+        return {split: splits_of_folder(folder / split, "", name)[""] for split in ([part] if part else splits)}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return [folder / file["filename"] for file in read_index(folder / "state.json", "_data_files")], []
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and file_type(path) and not is_hidden(path, folder)
-    )
-    files = [path for path in files if path.name not in ("dataset_infos.json", "dataset_info.json", "data_report.json")]
+        return {"": [folder / file["filename"] for file in read_index(folder / "state.json", "_data_files")]}
+    subsets = subsets_of(folder)
+    if part in subsets:
+        return subsets[part]
+    if len(subsets) > 1 and not part and "default" not in subsets:
+        examples = " or ".join(f"--dataset {name}:{subset}" for subset in subsets)
+        raise UserError(f"{name} has several subsets; choose one: {examples}")
+    if subsets and (len(subsets) == 1 or "default" in subsets):
+        splits = subsets.get("default") or next(iter(subsets.values()))
+        if not part or part in splits:
+            return {part: splits[part]} if part else splits
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and file_type(path))
+    files = [path for path in files if path.name not in NO_DATA and not is_left_behind(path, folder)]
     if part:
         files = of_part(files, folder, part, name)
     if not files:
         raise UserError(f"{name}: the folder holds no file that ends in {', '.join(FILE_TYPES)}")
-    return training_files(files, folder, part)
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        splits.setdefault(split_of(path, folder), []).append(path)
+    return splits
 
 
 def read_index(path: Path, key: str) -> list:
@@ -114,8 +153,10 @@ def read_index(path: Path, key: str) -> list:
         raise UserError(f"{path} is not what save_to_disk writes: it has no {key!r}") from error
 
 
-def is_hidden(path: Path, folder: Path) -> bool:
-    return any(name.startswith(".") for name in path.relative_to(folder).parts)
+def is_left_behind(path: Path, folder: Path) -> bool:
+    """Whether a system or a program left it there: hidden, of macOS's archives, Windows' bins, open in Excel."""
+    parts = path.relative_to(folder).parts
+    return any(part.startswith((".", "~$", "~")) or part in LEFT_BEHIND for part in parts)
 
 
 def split_of(path: Path, folder: Path) -> str:
@@ -134,62 +175,38 @@ def of_part(files: list[Path], folder: Path, part: str, name: str) -> list[Path]
     return chosen
 
 
-def training_files(files: list[Path], folder: Path, part: str) -> tuple[list[Path], list[str]]:
-    """The files of the training split, or those that are of none, if the names tell splits apart; else all."""
-    splits = {path: split_of(path, folder) for path in files}
-    wanted = "train" if "train" in splits.values() else ""
-    if SPLIT.search(part.lower()) or wanted not in splits.values():
-        return files, []
-    notes = [
-        f"{path.relative_to(folder)} is not read; --val-dataset {path} takes it"
-        for path in files
-        if splits[path] != wanted
-    ]
-    return [path for path in files if splits[path] == wanted], notes
-
-
-def choose_split(splits: list[str], part: str, name: str) -> str:
-    chosen = part or ("train" if "train" in splits else splits[0] if len(splits) == 1 else "")
-    if chosen not in splits:
-        examples = " or ".join(f"{name.removesuffix(f':{part}')}:{split}" for split in splits)
-        raise UserError(f"{name} holds the splits {', '.join(splits)}; choose one: {examples}")
-    return chosen
-
-
-def files_of_hub(hub_id: str, file: str, part: str) -> tuple[list[Path], list[str]]:
-    """(files, notes) of a ModelScope set: one file of it, a subset of its README's list, or all files of one set."""
+def splits_of_hub(hub_id: str, file: str, part: str) -> dict[str, list[Path]]:
+    """Of a ModelScope set: one file of it, a subset of its README's list, or all files of one set."""
     patterns = [file] if file else [f"*{suffix}{gz}" for suffix in FILE_TYPES for gz in ("", ".gz")] + ["README.md"]
     folder = download("dataset", hub_id, patterns)
     if file:
         if not (folder / file).is_file():
             raise UserError(f"{hub_id} has no file {file}")
-        return [folder / file], []
-    configs = subsets(folder / "README.md")
-    if part in configs:
-        chosen = {path for pattern in configs[part] for path in folder.glob(pattern)}
-        return training_files(sorted(chosen), folder, "")
-    if not part and len(configs) > 1:
-        examples = " or ".join(f"--dataset {hub_id}:{config}" for config in configs)
-        raise UserError(f"{hub_id} has several subsets; choose one: {examples}")
-    files, notes = files_of_folder(folder, part, f"{hub_id}:{part}" if part else hub_id)
-    if len({NUMBER.sub("", str(path)) for path in files}) > 1:
-        examples = "\n  ".join(f"--dataset {hub_id}/{path.relative_to(folder)}" for path in files)
-        raise UserError(f"{hub_id} has several data files; choose one, or name several:\n  {examples}")
-    return files, notes
+        return {"": [folder / file]}
+    splits = splits_of_folder(folder, part, f"{hub_id}:{part}" if part else hub_id)
+    for files in splits.values() if not subsets_of(folder) else ():
+        if len({NUMBER.sub("", str(path)) for path in files}) > 1:
+            examples = "\n  ".join(f"--dataset {hub_id}/{path.relative_to(folder)}" for path in files)
+            raise UserError(f"{hub_id} has several data files; choose one, or name several:\n  {examples}")
+    return splits
 
 
-def subsets(readme: Path) -> dict[str, list[str]]:
-    """Name -> patterns of files, from the head of a hub's README; of the split `train` if it names splits."""
-    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.is_file() else None
+def subsets_of(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Subset -> split -> files, from the head of a hub's README; empty without one, or if its files are not there."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
+    subsets: dict[str, dict[str, list[Path]]] = {}
     try:
-        head = yaml.safe_load(match.group(1)) if match else {}
-        configs = {}
-        for config in head.get("configs", []):
+        for config in (yaml.safe_load(match[1]) if match else {}).get("configs", []):
             files = config["data_files"]
-            files = [files] if isinstance(files, (str, dict)) else files
-            of_split = [file["path"] for file in files if isinstance(file, dict) and file["split"] == "train"]
-            paths = of_split or [file if isinstance(file, str) else file["path"] for file in files]
-            configs[config["config_name"]] = [p for path in paths for p in ([path] if isinstance(path, str) else path)]
-        return configs
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):  # a README of another form names no subsets
-        return {}
+            splits = subsets.setdefault(config["config_name"], {})
+            for file in [files] if isinstance(files, (str, dict)) else files:
+                file = {"split": "train", "path": file} if isinstance(file, str) else file
+                patterns = [file["path"]] if isinstance(file["path"], str) else file["path"]
+                found = sorted({path for pattern in patterns for path in folder.glob(pattern) if file_type(path)})
+                if found:
+                    splits.setdefault(str(file["split"]), []).extend(found)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        return {}  # a README of another form names no subsets
+    return {name: splits for name, splits in subsets.items() if splits}

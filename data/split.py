@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from data.errors import UserError
-from data.leaks import Exam, question_key
+from data.exam import Exam, read_exam
+from data.leaks import Excluded, question_key
 from data.rows import Row, check_columns, read_given, read_set
 
 MAX_GROUPS = 20  # values of --group-by with a loss of their own; the rest is one more
@@ -21,6 +22,7 @@ class Split:
     report: dict
     test: list[Row] = dataclasses.field(default_factory=list)
     labels: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # location -> set and group, of val
+    exam: Exam | None = None
 
     def texts(self) -> Iterator[str]:
         """Of every training row, with the names of roles, from which a tokenizer can be made."""
@@ -32,7 +34,7 @@ class Split:
 def load_split(config) -> Split:
     """The usable rows of config.dataset, each set split as the original experiment split its own, and the report.
 
-    All rows of a set as read are shuffled by `random.seed(seed)` and cut at int(n * (1 - val_fraction)); only then
+    All rows of a set as read are shuffled by `random.seed(split_seed)` and cut at int(n * (1 - val_fraction)); only then
     are rows left out, so a bad row never moves another one to the other side. Test rows are cut off in front of the
     validation rows. config: a loop.config.TrainConfig. Raises UserError.
     """
@@ -54,16 +56,20 @@ def load_split(config) -> Split:
         sets.append(about)
     check_columns(given, sets)
 
-    exam = Exam(config.exclude, given, config.exam)
-    # A held-out side keeps a shared question: the evaluation stays what the split says it is.
-    held = HeldOut(exam)
+    exam = read_exam(config.exam, given) if config.exam else None
+    excluded = Excluded(config.exclude, given, exam.texts if exam else ())
+    # A held-out side keeps a shared or an excluded question: the evaluation stays what the split says it is.
+    held = HeldOut()
     test = held.without(without_repeats(parts["test"], problems), "test", problems)
     held.add(test, "test")
     val = held.without(without_repeats(parts["val"], problems), "val", problems)
     held.add(val, "validation")
-    train = held.without(without_repeats(parts["train"], problems), "train", problems)
-    train = [held.without_rewrites(row, problems) for row in train]
-    split = Split(train, val, make_report(config, sets, train, val, test, problems), test)
+    train = held.without(without_repeats(parts["train"], problems), "train", problems, excluded)
+    train = [held.without_rewrites(row, problems, excluded) for row in without_corrected(train, problems)]
+    sides = {row.location: side for side, rows in (("train", train), ("val", val), ("test", test)) for row in rows}
+    for about in sets:
+        about["notes"] += about.pop("feedback").said(sides)
+    split = Split(train, val, make_report(config, sets, train, val, test, problems), test, exam=exam)
     split.labels = find_labels(val, config.group_by)
     split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
     for name, rows in (("train", train), ("evaluate", val)):
@@ -71,6 +77,19 @@ def load_split(config) -> Split:
             read = f"{split.report['rows']} rows read, val_fraction {config.val_fraction}"
             raise UserError(f"{split.report['dataset']}: nothing left to {name} on: {read}")
     return split
+
+
+def without_corrected(rows: list[Row], problems: list[dict]) -> list[Row]:
+    """A correction takes the place of every other answer to its question."""
+    corrected = {row.questions[-1]: row.location for row in rows if row.is_correction}
+    kept = []
+    for row in rows:
+        if row.is_correction or row.questions[-1] not in corrected:
+            kept.append(row)
+        else:
+            problem = f"its answer is corrected in {corrected[row.questions[-1]]}"
+            problems.append({"location": row.location, "problem": problem, "action": "replaced"})
+    return kept
 
 
 def find_labels(val: list[Row], group_by: str) -> dict[str, tuple[str, ...]]:
@@ -110,14 +129,13 @@ def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
 
 
 class HeldOut:
-    """The questions of held-out rows and of an exam, which no other side may have.
+    """The questions of held-out rows, which no other side may have.
 
     Dialogues are the same question if one is the beginning of the other: its last answer would be trained, or its
     question asked.
     """
 
-    def __init__(self, exam: Exam):
-        self.exam = exam
+    def __init__(self):
         self.whole: dict[str, str] = {}  # question -> whose it is
         self.begun: dict[str, str] = {}
 
@@ -127,7 +145,7 @@ class HeldOut:
             self.whole[whole] = f"a {side} question ({row.location})"
             self.begun |= dict.fromkeys(questions, self.whole[whole])
 
-    def without(self, rows: list[Row], side: str, problems: list[dict]) -> list[Row]:
+    def without(self, rows: list[Row], side: str, problems: list[dict], excluded: Excluded | None = None) -> list[Row]:
         kept = []
         for row in rows:
             *_, whole = questions = row.questions
@@ -135,15 +153,15 @@ class HeldOut:
             shared = (shared or self.begun.get(whole)) if whole.strip() else None
             if shared:
                 problem, action = f"its question is also {shared}", f"removed from {side}"
-            elif self.exam.holds(row.asked):
-                problem, action = "its question is in a file of --exclude or --exam", "excluded"
+            elif excluded and excluded.holds(row.messages):
+                problem, action = "it is in a file of --exclude, or its question in one of --exam", "excluded"
             else:
                 kept.append(row)
                 continue
             problems.append({"location": row.location, "problem": problem, "action": action})
         return kept
 
-    def without_rewrites(self, row: Row, problems: list[dict]) -> Row:
+    def without_rewrites(self, row: Row, problems: list[dict], excluded: Excluded) -> Row:
         """The row without wordings that are held out."""
         kept = []
         for rewrite in row.rewrites:
@@ -151,7 +169,7 @@ class HeldOut:
                 problems.append(
                     {"location": row.location, "problem": f"a rewrite is also {shared}", "action": "rewrite removed"}
                 )
-            elif self.exam.holds([rewrite]):
+            elif excluded.asks([rewrite]):
                 problem = "a rewrite is in a file of --exclude or --exam"
                 problems.append({"location": row.location, "problem": problem, "action": "rewrite removed"})
             else:

@@ -1,28 +1,44 @@
 """Text of a row: what is empty, and where the thinking ends and the answer begins."""
 
 import ast
+import functools
 import json
 import re
+import unicodedata
 
+# Characters that show nothing: blanks, controls, marks of width and direction, fillers.
+UNSEEN = (
+    r"[\s\x00-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+)
+NOTHING = re.compile(UNSEEN)
 # Text that a chat template or a tokenizer would take for structure.
 MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?(?:think|tool_call|tool_response)>")
-TAG = re.compile(r"[<＜]\s*(?P<end>[/／]?)\s*(?:think|thinking|thought)\s*[>＞]", re.IGNORECASE)
+TAG = re.compile(rf"[<＜]{UNSEEN}(?P<end>[/／]?){UNSEEN}(?:think|thinking|thought){UNSEEN}[>＞]", re.IGNORECASE)
 # As HuatuoGPT-o1 and OpenThoughts write it.
 HEADINGS = re.compile(
     r"\s*#+\s*(?:Thinking|思考|思考过程)\s*\n(.*?)\n\s*#+\s*(?:Final Response|最终回答|最终回复)\s*\n(.*)"
     r"|\s*<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>\s*",
     re.DOTALL | re.IGNORECASE,
 )
+# Characters of full width, and the blank that is as wide, as the narrow ones that they stand for.
+NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 # What pandas and str() write for an empty cell, and what people write for no thinking.
 EMPTY = {"none", "nan", "null", "<na>", "n/a"}
 NO_THINKING = EMPTY | {"无", "没有", "-"}
 
 
 def is_blank(value) -> bool:
-    """Nothing: null, NaN, whitespace, an empty list or object."""
+    """Nothing: null, NaN, a text that shows nothing, an empty list or object."""
     if isinstance(value, str):
-        return not value.strip()
+        return NOTHING.fullmatch(value) is not None
     return value is None or value != value or value in ([], {}, ())
+
+
+@functools.lru_cache(maxsize=4096)
+def normal(name: str) -> str:
+    """A column's name without case, width, blanks and signs."""
+    return re.sub(r"[\W_]+", "_", unicodedata.normalize("NFKC", name).casefold()).strip("_")
 
 
 def as_text(value, name: str) -> str:
@@ -93,10 +109,10 @@ def keys_of_details(parts) -> set[str]:
 def strip_tags(think: str) -> str:
     """Thinking without the tags around it."""
     tags = list(TAG.finditer(think))
-    if tags and not think[: tags[0].start()].strip() and not tags[0]["end"]:
+    if tags and is_blank(think[: tags[0].start()]) and not tags[0]["end"]:
         think = think[tags.pop(0).end() :]
     tags = list(TAG.finditer(think))
-    if tags and tags[-1]["end"] and not think[tags[-1].end() :].strip():
+    if tags and tags[-1]["end"] and is_blank(think[tags[-1].end() :]):
         think = think[: tags[-1].start()]
     return think
 
@@ -105,7 +121,7 @@ def split_thinking(content: str) -> tuple[str, str]:
     """(thinking, answer) of a reply that may begin with a block of thinking, opened or only closed."""
     tags = list(TAG.finditer(content))
     kinds = ["end" if tag["end"] else "begin" for tag in tags]
-    if kinds == ["begin", "end"] and not content[: tags[0].start()].strip():
+    if kinds == ["begin", "end"] and is_blank(content[: tags[0].start()]):
         return content[tags[0].end() : tags[1].start()], content[tags[1].end() :]
     if kinds == ["end"]:
         return content[: tags[0].start()], content[tags[0].end() :]

@@ -30,11 +30,14 @@ class TrainConfig:
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     # Share of the rows held out for evaluation.
     val_fraction: float = 0.1
+    # Seed of the split. Runs with other seeds then have the same validation rows, and can be compared.
+    split_seed: int = 42
     # Rows to evaluate on, named as those of dataset, of which none is then held out.
     val_dataset: tuple[str, ...] = may_change(())
     # Share of the rows held out for a test, in data/test.jsonl; neither early stopping nor best/ sees them.
     test_fraction: float = may_change(0.0)
-    # Files of questions, such as an exam, that must not be trained on: rows with one of them are left out.
+    # Files of what must not be trained on: questions of multiple choice (rows that ask one are left out), and rows, such
+    # as those that tools.rows suspects. The validation rows stay.
     exclude: tuple[str, ...] = may_change(())
     # Train the answers that a file of feedback likes, too; corrections always are.
     train_liked: bool = may_change(False)
@@ -89,19 +92,19 @@ class TrainConfig:
     num_train_epochs: float = 2
     # Optimizer steps in all; above 0 it replaces num_train_epochs.
     max_steps: int = -1
-    # Seed of the split, the data order, dropout and random weights.
+    # Seed of the data order, dropout and random weights.
     seed: int = 42
 
     # --- evaluation ---
 
     # Evaluate every N steps (and before the first and after the last one).
     eval_steps: int = 100
-    # Rows in one evaluation micro-batch on each process; the loss does not depend on it.
-    per_device_eval_batch_size: int = may_change(1)
+    # Rows in one evaluation micro-batch on each process; the loss does not depend on it. -1: packed as in training.
+    per_device_eval_batch_size: int = may_change(-1)
     # At each evaluation also the answers' loss without thinking and with another row's: does the thinking help? Up to
     # twice an evaluation's time more.
     think_probe: bool = may_change(False)
-    # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam) to answer at evaluations, by the likelihood of the letter
+    # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam, MedQA and more) to answer at evaluations, by the likelihood of the letter
     # after no thinking. Rows with one of their questions are not trained on.
     exam: tuple[str, ...] = may_change(())
     # Answer them every N steps, a multiple of eval_steps, and before the first one and after step max_steps. 0: at
@@ -151,10 +154,10 @@ class TrainConfig:
     def check(self) -> None:
         """Raises ValueError naming the first setting that is out of range."""
         at_least = {
-            -1: "micro_batch_tokens",
+            -1: "micro_batch_tokens per_device_eval_batch_size",
             0: "early_stopping_patience early_stopping_min_delta lora_rank num_samples think_weight answer_weight "
-            "learning_rate weight_decay max_grad_norm seed max_time sample_budget exam_steps",
-            1: "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps "
+            "learning_rate weight_decay max_grad_norm seed split_seed max_time sample_budget exam_steps",
+            1: "per_device_train_batch_size gradient_accumulation_steps eval_steps "
             "logging_steps save_steps sample_max_new_tokens",
             2: "save_total_limit",
             16: "max_length",
@@ -163,6 +166,8 @@ class TrainConfig:
             for name in names.split():
                 if not low <= getattr(self, name) < float("inf"):
                     raise ValueError(f"{name} must be a finite number of at least {low}, not {getattr(self, name)}")
+        if self.per_device_eval_batch_size == 0:
+            raise ValueError("per_device_eval_batch_size must be -1 or at least 1, not 0")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32 (4,294,967,296), not {self.seed}")
         if self.exam_steps % self.eval_steps:
@@ -209,7 +214,6 @@ PRESETS = {
         max_length=512,
         mixed_precision="no",
         per_device_train_batch_size=2,
-        per_device_eval_batch_size=16,
         learning_rate=5e-3,
         warmup_ratio=0.01,
         num_train_epochs=24,

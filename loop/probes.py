@@ -6,10 +6,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from data.batches import Collated, rank_rows
+from data.batches import Collated
+from data.choices import LETTERS, Question
 from data.dataset import Data
 from data.encode import Example, encode_turns, render_prompt, shorten_thinking, token_ids, turns_of
-from data.exam import LEFT_OUT, LETTERS, Question, collate_exam, exam_prompts, exam_rows, read_exam
+from data.exam import collate_exam, exam_prompts, exam_rows
 from loop.config import TrainConfig
 from loop.console import say
 from loop.evaluate import EvalMetrics, LossOfGroups, evaluate
@@ -19,10 +20,11 @@ class Evaluation:
     """Everything that a run measures at an evaluation. All ranks call it."""
 
     def __init__(self, data: Data, config: TrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator, self.batches = config, accelerator, data.eval_batches(config)
-        self.groups = LossOfGroups(data.eval_labels(config))
-        self.probe = ThinkProbe(data, config) if config.think_probe else None
-        self.exam = LetterExam(data, config) if config.exam else None
+        self.config, self.accelerator = config, accelerator
+        rows = data.eval_rows(data.val, config)
+        self.batches, self.groups = Collated(rows), LossOfGroups(data.labels_of(rows))
+        self.probe = ThinkProbe(data, config, rows) if config.think_probe else None
+        self.exam = LetterExam(data, config) if data.split.exam else None
 
     def __call__(self, model, step: int, check: Callable[[], None]) -> tuple[EvalMetrics, dict[str, float]]:
         """The metrics, and more of them by name. check: called before each forward; what it raises ends all of it."""
@@ -50,15 +52,15 @@ class ThinkProbe:
     prompt. The first comes with the evaluation; the others cost two more forwards of its rows, of which one is short.
     """
 
-    def __init__(self, data: Data, config: TrainConfig):
-        packing = data.packing(config, config.per_device_eval_batch_size)
+    def __init__(self, data: Data, config: TrainConfig, groups: list[list[Example]]):
+        """groups: `Data.eval_rows` of the validation rows."""
         blank = len(token_ids(["\n\n"], data.tokenizer)[0])
-        own = [[part for row in rows for part in own_parts(row, blank)] for rows in rank_rows(data.val, **packing)]
+        own = [[part for row in rows for part in own_parts(row, blank)] for rows in groups]
         self.own = LossOfGroups(own)
         changed = change_thinking(data, blank, config.max_length)
         if not changed:
             say("--think-probe measures nothing: fewer than two validation dialogues think")
-        self.batches = {name: Collated(rank_rows(rows, **packing)) for name, rows in changed.items()}
+        self.batches = {name: Collated(data.eval_rows(rows, config)) for name, rows in changed.items()}
 
     def losses(self, model, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
         """After an evaluation that `own` has seen. Empty if fewer than two rows think."""
@@ -114,24 +116,23 @@ class LetterExam:
     """An exam by the likelihood of the letter after a closed block of thinking."""
 
     def __init__(self, data: Data, config: TrainConfig):
-        self.questions, left_out = read_exam(config.exam)
-        say(f"exam: {len(self.questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
-        self.tokenizer = data.tokenizer
-        self.rows = exam_rows(exam_prompts(self.questions, data.tokenizer, config.system_prompt), data.tokenizer)
-        self.packing = data.packing(config, config.per_device_eval_batch_size)
+        self.questions, self.tokenizer = data.split.exam.questions, data.tokenizer
+        self.guessing = data.split.exam.guessing
+        say(f"exam: {data.split.exam}")
+        rows = exam_rows(exam_prompts(self.questions, data.tokenizer, config.system_prompt), data.tokenizer)
+        self.groups = data.eval_rows(rows, config)
 
     def accuracy(self, model, accelerator: Accelerator, check: Callable[[], None]) -> dict[str, float]:
-        found = letter_likelihoods(model, self.rows, self.tokenizer, accelerator, self.packing, check)
+        found = letter_likelihoods(model, self.groups, self.tokenizer, accelerator, check)
         right = is_right(self.questions, found)
-        return {"exam/accuracy": sum(right) / len(right), "exam/questions": len(right)}
+        return {"exam/accuracy": sum(right) / len(right), "exam/questions": len(right), "exam/guessing": self.guessing}
 
 
 def letter_likelihoods(
-    model, rows: list[Example], tokenizer, accelerator: Accelerator, packing: dict, check=lambda: None
+    model, groups: list[list[Example]], tokenizer, accelerator: Accelerator, check=lambda: None
 ) -> list[list[float]]:
-    """Of each prompt the log-likelihood of each letter as the next token, on every rank. model: an SFTModel; packing:
-    keywords of `rank_rows`."""
-    groups = rank_rows(rows, **packing)
+    """Of each prompt the log-likelihood of each letter as the next token, on every rank. model: an SFTModel; groups:
+    `exam_rows` as this rank lays them into micro-batches."""
     found = []
 
     def each(index: int, losses: torch.Tensor) -> None:
