@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from string import ascii_uppercase
 from typing import NamedTuple
 
@@ -17,16 +18,18 @@ LETTERS = "ABCDEFGH"
 ASK = "请直接给出正确选项的字母。"
 # What a column is -> its names, as `normal` writes them, the most specific first.
 FORMS = {
-    "question": ("question", "题目", "问题", "题干", "试题", "question_text", "qtext", "stem", "query", "problem", "prompt", "ask",
-                 "instruction"),
-    "options": ("options", "option", "choices", "choice", "选项", "候选项", "备选答案", "candidates", "answer_choices", "answers"),
+    "question": ("question", "题目", "问题", "题干", "试题", "question_text", "qtext", "stem", "query", "problem", "prompt",
+                 "ask", "instruction"),
+    "options": ("options", "option", "choices", "choice", "选项", "候选项", "备选答案", "candidates", "answer_choices",
+                "answers"),
     "answer": (
         "answer_idx", "answerkey", "answer_key", "answer_letter", "answer_index", "correct_option", "correct_answer",
-        "correct_choice", "right_answer", "正确答案", "标准答案", "参考答案", "答案", "正确选项", "cop", "correct", "answer",
-        "gold", "ground_truth", "label", "target", "ra", "output",
+        "correct_choice", "right_answer", "正确答案", "标准答案", "参考答案", "答案", "正确选项", "cop", "correct",
+        "answer", "gold", "ground_truth", "label", "target", "ra", "output",
     ),
     "subject": ("subject", "exam_subject", "subject_name", "exam_class", "科目", "学科", "meta_info"),
-    "picture": ("image", "images", "img", "picture", "pictures", "figure", "image_path", "image_url", "qimage", "图片", "图像"),
+    "picture": ("image", "images", "img", "picture", "pictures", "figure", "image_path", "image_url", "qimage", "图片",
+                "图像"),
 }  # fmt: skip
 OWN_COLUMN = re.compile(r"(?:options?|opt?|choices?|选项|备选项?|endings?)?_?([a-h])(?:_?(?:选项|项|options?))?")
 NUMBERED = re.compile(r"(?:options?|choices?|选项|endings?)_?(\d)")
@@ -34,8 +37,9 @@ KEYS = ("key", "label", "letter", "id", "aid", "option", "name")
 VALUES = ("value", "text", "content", "choice", "option", "answer", "atext")
 NO_CHOICE = {"nan", "null", "<na>", "n/a"}
 PICTURE = re.compile(
-    r"<img\b|!\[[^\]]*\]\(|\\includegraphics|data:image/|<image|如(?:下|上|左|右)?图(?:所示|示|中|，|,|\d)|(?:下|附|左|右)图(?:所示|示|中)"
-    r"|(?:shown|seen|depicted) in the (?:\w+ )?(?:figure|image|picture|photograph)|(?:figure|image|picture) (?:below|above)\b",
+    r"<img\b|!\[[^\]]*\]\(|\\includegraphics|data:image/|<image"
+    r"|如(?:下|上|左|右)?图(?:所示|示|中|，|,|\d)|(?:下|附|左|右)图(?:所示|示|中)"
+    r"|(?:shown|seen|depicted) in the (?:\w+ )?(?:figure|image|picture|photo)|(?:figure|image|picture) (?:below|above)\b",
     re.IGNORECASE,
 )
 # A choice that means others by their place, which shuffling would change.
@@ -55,6 +59,7 @@ LETTER = re.compile(
     r"(?:应为|应选|是|为|选|is)?)\W*([A-H])\W*",
     re.IGNORECASE,
 )
+# {} is the label; a blank ends it at the beginning of a line, a sign anywhere.
 LABEL = (
     r"(?:^|(?<=[\s;；,，。.?？、|(（\[【]))[(（\[【]?{}(?:\s*[.、．。:：)）\]】]|(?:(?<=^.)|(?<=\n.))[ \t\u3000])\s*"
 )
@@ -226,10 +231,8 @@ def right_choice(answers: list, choices: dict[str, str], base: int | None) -> st
 def label_of(answer, choices: dict[str, str], base: int | None) -> str:
     """Of an answer that is a label in any dress, a number, or the text of a choice."""
     if isinstance(answer, str) and answer.strip()[:1] == "[":
-        try:
+        with suppress(ValueError):
             answer = from_text(answer.strip(), "answer")
-        except ValueError:
-            pass
     if isinstance(answer, list):
         if len(answer) != 1:
             raise LeftOut("several right choices")

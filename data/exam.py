@@ -41,7 +41,7 @@ def read_exam(names: Iterable[str], given: Given = ()) -> Exam:
         source = find_source(name, SPLITS)
         rows = {split: rows_of(files, source.part) for split, files in source.splits.items()}
         exam.texts.extend(Cells(columns, given).question()[0] for read in rows.values() for columns, _ in read)
-        for split, read in rows.items():
+        for asked, read in rows.items():  # noqa: B007
             indices = random.Random(0).sample(range(len(read)), source.number_of(len(read)))
             base = base_of((columns for columns, _ in read), given)
             found, left_out = ask([read[index] for index in sorted(indices)], given, base)
@@ -55,7 +55,7 @@ def read_exam(names: Iterable[str], given: Given = ()) -> Exam:
                 "question, options (or A to D) and answer"
             )
         if len(rows) > 1:
-            exam.notes.append(f"{name}: {split} is asked; nothing of {', '.join(rows)} is trained on")
+            exam.notes.append(f"{name}: {asked} is asked; nothing of {', '.join(rows)} is trained on")
         if base is not None:
             exam.notes.append(f"{name}: its answers are numbers that count from {base}")
         new = [question for question in found if question.key not in seen]

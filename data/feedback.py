@@ -71,12 +71,12 @@ def key_of(location: str, row) -> tuple[str, str]:
 
 def correction_of(line: dict) -> dict | None:
     """The corrected reply as an assistant message; None without one, or if it is empty."""
-    given = line.get("correction") or {}
-    if is_blank(given.get("content")):
+    given = line.get("correction")
+    texts = [given.get(name) for name in ("content", "reasoning_content")] if isinstance(given, dict) else [None, None]
+    content, thinking = (text if isinstance(text, str) and not is_blank(text) else None for text in texts)
+    if content is None:
         return None
-    thinking = given.get("reasoning_content")
-    reply = {"role": "assistant", "content": given["content"]}
-    return reply if is_blank(thinking) else reply | {"reasoning_content": thinking}
+    return {"role": "assistant", "content": content} | ({"reasoning_content": thinking} if thinking else {})
 
 
 def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
@@ -105,7 +105,7 @@ class Feedback(NamedTuple):
             more = [f"{count} {PLACES[side]}" for side, count in places.items() if side != "train"]
             if places:
                 texts.append(f"{places['train']} {name} answers trained" + (f" ({', '.join(more)})" if more else ""))
-        texts += [OTHERS[kind].format(count) for kind, count in self.others.items()]
+        texts += [text.format(self.others[kind]) for kind, text in OTHERS.items() if self.others[kind]]
         texts += [f"{self.replaced} lines replaced by later ones"] if self.replaced else []
         return [f"feedback: {', '.join(texts)}"] if texts else []
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from data.choices import Cells
 from data.errors import UserError
-from data.formats import Given, as_columns, read_row
+from data.formats import Ambiguous, Given, as_columns, read_row
 from data.read import read_file
 from data.source import find_source
 from data.texts import NARROW
@@ -16,6 +16,7 @@ from data.texts import NARROW
 # Signs that make another number or another name of it: 1.5 and 15, 3-5 and 35, -3 and 3, C# and C.
 IN_NUMBERS = re.compile(r"(?<=\d)\s*([.,:、])\s*(?=\d)|(?<=[0-9A-Za-z])\s*([-+*/^#&])|([-+*/^#&])(?=\s*[0-9A-Za-z])")
 NO_WORD = re.compile(r"[\W_]")
+LETTERS = re.compile("[A-H]{1,8}")  # the answer to a question of multiple choice
 SEED = 12  # characters by which a longer text is searched for an exam's questions
 
 
@@ -39,7 +40,7 @@ class Excluded:
     """
 
     def __init__(self, files: Iterable[str], given: Given = (), exam_texts: Iterable[str] = ()):
-        """files: of --exclude; a row of multiple choice, or without an answer, stands for its question, any other for
+        """files: of --exclude; a row of multiple choice, or without an answer, stands for its question, another one for
         itself. exam_texts: the questions of --exam. Raises UserError at a row that is neither."""
         self.whole: set[str] = set()
         self.long: dict[str, list[str]] = defaultdict(list)
@@ -62,10 +63,13 @@ class Excluded:
         if question and choices:
             return [question]
         try:
-            self.rows.add(said(read_row(columns, "", given).messages))
+            messages = read_row(columns, "", given).messages
+            if LETTERS.fullmatch(messages[-1]["content"]):
+                return [m["content"] for m in messages if m["role"] == "user"]
+            self.rows.add(said(messages))
             return []
         except ValueError as reason:
-            if question:
+            if question and not isinstance(reason, Ambiguous):
                 return [question]
             raise UserError(
                 f"--exclude {name}: {location} {reason}; --columns question=COLUMN names its question"

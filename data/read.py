@@ -38,8 +38,10 @@ def file_type(path: Path) -> str | None:
 
 
 def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
-    """(location, columns) of every row that is not blank, or (location, reason) of one that cannot be read. name: of the
-    file, in locations. part: the split to take of a file that holds several. notes: gets what a person should know.
+    """(location, columns) of every row that is not blank, or (location, reason) of one that cannot be read.
+
+    name: of the file, in locations. part: the split to take of a file that holds several. notes: gets what a person
+    should know.
 
     Raises UserError if the file cannot be read.
     """
@@ -56,7 +58,7 @@ def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tu
 def read_rows(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
     kind, is_packed = file_type(path), path.suffix.lower() == ".gz"
     with path.open("rb") as file:
-        head = file.read(64).lstrip(b"\xef\xbb\xbf \r\n").lower()
+        head = file.read(64).lower()
     for sign, what in SIGNS.items():
         if head.startswith(sign) and not (sign.startswith(b"pk") and kind == ".xlsx") and not is_packed:
             raise UserError(f"{path} {what}")
@@ -97,9 +99,10 @@ def find_encoding(file, name: str) -> str:
         return "utf-8-sig"
     from charset_normalizer import from_bytes
 
-    lines = b"".join(line for line in sniffed if not decodes(line, "utf-8"))
+    lines = b"".join(line for line in sniffed if not decodes(line, "utf-8") and decodes(line, "gb18030"))
     found = from_bytes(lines, cp_isolation=["gb18030", *OTHERS]).best()
-    if found is None or found.encoding != "gb18030":
+    enough = sum(byte > 127 for byte in lines) >= UTF8_IN_GB18030
+    if enough and (found is None or found.encoding != "gb18030"):
         like = f"looks like {OTHERS[found.encoding]}" if found else "is not GB18030"
         raise UserError(f"{name} is no UTF-8 and {like}; save it as UTF-8")
     return "gb18030"

@@ -166,8 +166,8 @@ def nothing_fits(reasons: dict[str, list[str]], unusable: int, read: list, given
 
 
 def propose(rows: list[dict], given: Given) -> Given:
-    """(what it is, column) for what no column was found to be: by a known word inside a column's name (患者问题), or else
-    the first and the last column of texts; never a number, a date or an id."""
+    """(what it is, column) for what no column was found to be: by a known word inside of its name (患者问题), or else the
+    first and the last column of texts; never a number, a date or an id."""
     longest = {name: max(len(str(row.get(name) or "")) for row in rows) for name in rows[0]}
     found, said = candidates(tuple(rows[0]), given), {column for _, column in given}
     free = [
@@ -175,7 +175,7 @@ def propose(rows: list[dict], given: Given) -> Given:
         for name in rows[0]
         if normal(name) not in NAMES | said
         and not NO_TEXT.search(normal(name))
-        and any(isinstance(row.get(name), str) and re.search(r"[^\W\d_]", row[name]) for row in rows)
+        and any(isinstance(row.get(name), str) and re.search(r"[^\d\s.,:/_-]", row[name]) for row in rows)
     ]
     pairs = {}
     for role in ("question", "think", "answer"):
@@ -183,7 +183,9 @@ def propose(rows: list[dict], given: Given) -> Given:
         named = [name for name in free if any(word in normal(name) for word in words) and name not in pairs.values()]
         if named and not any(found[role]):
             pairs[role] = named[0]
-    texts = [name for name in free if longest[name] >= 4 and name not in pairs.values()]
+    texts = [name for name in free if name not in pairs.values()]
+    long = [name for name in texts if longest[name] >= 4]  # a department is shorter
+    texts = long if len(long) > 1 else texts
     for role, places in (("question", texts[:1]), ("answer", texts[-1:])):
         if role not in pairs and not any(found[role]):
             pairs[role] = (places or ["COLUMN"])[0]

@@ -22,9 +22,7 @@ class Source(NamedTuple):
     """One name of --dataset, NAME[:PART][:AMOUNT]."""
 
     name: str  # as it was given, without the amount
-    splits: dict[
-        str, list[Path]
-    ]  # split -> files, the one to read first; one without a name if nothing tells them apart
+    splits: dict[str, list[Path]]  # split -> files, the one to read first; "" if names tell none apart
     part: str  # the split to take of a file that holds several; empty if none was named
     amount: str  # rows to take: 500, 10%, or empty for all
 
@@ -35,8 +33,11 @@ class Source(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """What is not read."""
-        _, *others = self.splits.values()
-        return [f"{path} is not read; --val-dataset {path} takes it" for files in others for path in files]
+        (read, _), *others = self.splits.items()
+        named = ((split, files) for split, files in others if split and is_set(files))
+        notes = [f"split {split} is not read; --val-dataset {self.name}:{split} takes it" for split, _ in named]
+        single = (path for split, files in others if not split or not is_set(files) for path in files)
+        return notes + [f"{path} is not read; --val-dataset {path} takes it" for path in single]
 
     @property
     def label(self) -> str:
@@ -50,6 +51,11 @@ class Source(NamedTuple):
         if self.amount.endswith("%"):
             return max(1, round(rows * float(self.amount[:-1]) / 100))
         return min(rows, int(self.amount or rows))
+
+
+def is_set(files: list[Path]) -> bool:
+    """Whether they are named together rather than each by itself."""
+    return len(files) > 1 or files[0].suffix == ".arrow"
 
 
 def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:

@@ -165,7 +165,7 @@ REFUSED = {
     "no turn to train": ({"messages": [USER, {**PLAIN, "loss": False}]}, "no turn to train"),
     "cMedQA2, whose questions and answers are two files": ({"question_id": 1, "content": A}, "has no question"),
     "a key twice": ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "`content` twice"),
-    "choices without text": ({"question": Q, "options": [1, 2], "answer": A}, "is not text but int"),
+    "choices without text": ({"question": Q, "options": [[1], {}], "answer": A}, "no choices that can"),
     "a part of no known type": ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}, PLAIN]}, "part"),
     "a table of other lengths": ({"messages": {"role": ["user", "assistant"], "content": [Q]}}, "not a list"),
 }  # fmt: skip

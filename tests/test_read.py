@@ -153,7 +153,7 @@ def test_what_save_to_disk_wrote(expected, tmp_path):
         f"split test is not read; --val-dataset {tmp_path / 'dict'}:test takes it"
     ]
     assert len(load(f"{tmp_path / 'dict'}:test", val_fraction=0.5).train) == 2
-    with pytest.raises(UserError, match="holds the splits train, test; choose one"):
+    with pytest.raises(UserError, match="holds the splits train, test"):
         load(f"{tmp_path / 'dict'}:dev")
     (tmp_path / "dict/dataset_dict.json").write_text("{}")
     with pytest.raises(UserError, match="has no 'splits'"):
