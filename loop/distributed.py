@@ -87,13 +87,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def prepare(accelerator: Accelerator, model, optimizers: list) -> tuple[torch.nn.Module, list]:
     """model and optimizers as the launch has them: on the device, under DDP or FSDP2. A group's `lr` so far is its
     peak, and stays in `initial_lr`."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
+    note_peaks(optimizers)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     if accelerator.is_fsdp2:
         register_fsdp_forward_method(model, "generate")
     return model, optimizers
+
+
+def note_peaks(optimizers: list) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = float(group["lr"])
 
 
 def reshard(model) -> None:

@@ -17,7 +17,8 @@ from loop.memory import PROFILES
 from loop.probes import Evaluation
 from loop.resolve import resolve
 from loop.run import Run
-from loop.step_file import check_groups, load_step_file
+from loop.step_file import load_step_file
+from loop.trial import check_multiplier
 from model.lora import add_lora
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer, meta_model
@@ -35,7 +36,7 @@ def fit(config: TrainConfig) -> bool:
     data = read_data(config, accelerator)
     outline = make_outline(config, data.tokenizer)
     config, plan = resolve(config, data, outline, accelerator)
-    about = about_model(outline) | {"optimizers": check_groups(method, outline, config, device)}
+    about = about_model(outline) | {"optimizers": plan.optimizers}
     evaluation = Evaluation(data, config, accelerator)
     if config.dry_run:
         return False
@@ -75,6 +76,7 @@ def fit(config: TrainConfig) -> bool:
                 seed_step(config.seed, state.step, accelerator.process_index)
                 batch = to_device(data.batch(state.step, config), device)
                 multiplier = method.lr_multiplier(state.step, config.max_steps, config)
+                check_multiplier(multiplier, state.step, method)
                 metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
                 run.stepped(metrics, batch, optimizers)
             checkpoints.wait(is_last=True)

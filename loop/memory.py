@@ -1,6 +1,11 @@
 """Memory profiles: what each of them sets and changes, and the bytes that a run will need. GiB are 2**30 bytes."""
 
+import dataclasses
+import math
 import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -9,6 +14,7 @@ import torch
 from data.errors import UserError
 from loop.config import TrainConfig
 from loop.console import warn
+from loop.trial import Tried, try_step
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
@@ -55,6 +61,8 @@ class Plan(NamedTuple):
     name: str
     profile: Profile
     needs: dict[str, float]  # item -> bytes on each device
+    optimizers: list[str]  # class names
+    problem: str = ""  # why the step file cannot train with it
 
     @property
     def total(self) -> float:
@@ -66,11 +74,20 @@ class Plan(NamedTuple):
         return self.total - self.needs["context and allocator"]
 
 
-def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.device, shards: int) -> dict[str, Plan]:
-    """Every profile, for these settings, of which `compile` is resolved. causal_lm: the model, on the meta device will
-    do. lengths: of the training rows, in tokens. shards: processes that share weights, gradients and states."""
-    plans = {}
-    for name, profile in PROFILES.items():
+def plan_all(
+    config: TrainConfig,
+    causal_lm,
+    lengths: list[int],
+    device: torch.device,
+    shards: int,
+    names: Iterable[str] = PROFILES,
+) -> dict[str, Plan]:
+    """The named profiles, for these settings, of which `compile` is resolved, with what the step file's own step keeps.
+    causal_lm: the model, on the meta device will do. lengths: of the training rows, in tokens. shards: processes that
+    share weights, gradients and states."""
+    plans, tried = {}, {}
+    for name in names:
+        profile = PROFILES[name]
         if shards > 1 and profile.optim != "adamw":
             continue  # its moments are shared out already
         if config.gradient_checkpointing != "auto":
@@ -81,9 +98,24 @@ def plan_all(config: TrainConfig, causal_lm, lengths: list[int], device: torch.d
         longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps]
         limit = profile.micro_batch_tokens or sum(longest[:batch])
         tokens = min(sum(longest), max(limit, longest[0]))
-        needs = predict(profile, config, causal_lm, tokens, sum(longest) > tokens, device, shards)
-        plans[name] = Plan(name, profile, needs)
+        kind = profile.weights, profile.optim
+        if kind not in tried:
+            tried[kind] = trial_of(causal_lm, dataclasses.replace(config, memory=name), profile.weights)
+        trial = tried[kind]
+        if isinstance(trial, str):
+            plans[name] = Plan(name, profile, {"context and allocator": 0.0, "unknown": math.inf}, [], trial)
+            continue
+        needs = predict(profile, config, causal_lm, tokens, sum(longest) > tokens, device, trial, shards)
+        plans[name] = Plan(name, profile, needs, trial.optimizers)
     return plans
+
+
+def trial_of(causal_lm, config: TrainConfig, dtype: torch.dtype) -> Tried | str:
+    """What the step keeps with a profile, or why it cannot be made with it."""
+    try:
+        return try_step(causal_lm, config, dtype)
+    except UserError as error:
+        return str(error)
 
 
 def choose(plans: dict[str, Plan], memory: str, device: torch.device, available: float, dry_run: bool = False) -> Plan:
@@ -92,6 +124,8 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
     if memory not in ("auto", *plans):
         raise UserError(f"--memory {memory} is for one GPU or DDP; with FSDP2 choose among auto, {', '.join(plans)}")
     for name in ("speed", "32g") if memory == "auto" else (memory,):
+        if plans[name].problem:
+            raise UserError(plans[name].problem)
         if plans[name].total <= available:
             return plans[name]
     fits = [other for other in plans.values() if other.total <= available]
@@ -111,16 +145,24 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
 
 
 def predict(
-    profile: Profile, config: TrainConfig, causal_lm, tokens: int, several: bool, device: torch.device, shards: int = 1
+    profile: Profile,
+    config: TrainConfig,
+    causal_lm,
+    tokens: int,
+    several: bool,
+    device: torch.device,
+    trial: Tried,
+    shards: int = 1,
 ) -> dict[str, float]:
     """Bytes of each item at the peak of a step, whose largest micro-batch has that many tokens, all of them targets.
     several: it has more micro-batches than one, so gradients are there when a backward begins."""
     trained, frozen = count_parameters(causal_lm)
-    weights = (trained + frozen) * profile.weights.itemsize / shards
-    # 8-bit moments: a byte each, and a scale in fp32 for every 256 of them.
-    states = trained * (8 if profile.optim == "adamw" else 2 * (1 + 4 / 256)) / shards
+    weights, states = (trained + frozen) * profile.weights.itemsize / shards, trial.states / shards
     needs = {"weights": weights, "optimizer states": states}
     phases = phases_of_a_step(profile, config, causal_lm, tokens, several, shards)
+    phases = [phase | {"copies that the step makes": trial.kept / shards} for phase in phases]
+    gradients = trained * profile.weights.itemsize / shards
+    phases.append({"gradients": gradients, "temporaries of the update": trial.update / shards})
     if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
         copy = {"the copy that a checkpoint is written from": weights + states}
         if config.save_steps < config.max_steps:
@@ -177,7 +219,6 @@ def phases_of_a_step(
             "gradients": gradients,
             "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
         },
-        {"gradients": gradients, "temporaries of the 8-bit update": 8 * head * (profile.optim == "adamw_8bit")},
     ]
 
 
@@ -202,18 +243,44 @@ def disk_of(plan: Plan, causal_lm, config: TrainConfig, shards: int) -> float:
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of the device's memory; of a CPU, this process's share of the machine's."""
+    """Bytes of the device's memory that are free; of a CPU, this process's share of what the machine has, or its
+    container or `ulimit -v` allows."""
     backend = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(backend, "mem_get_info"):
-        return backend.mem_get_info(device)[1]
-    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free, _ = backend.mem_get_info(device)
+        return free + backend.memory_reserved(device)  # its own, which is no obstacle
+    return min(psutil.virtual_memory().total, *limits()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Of this process's control groups (version 2 and 1) and of its address space; infinite without any."""
+    found = [math.inf]
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            version_1 = "memory" in controllers.split(",")
+            if not controllers or version_1:
+                top, name = (root / "memory", "memory.limit_in_bytes") if version_1 else (root, "memory.max")
+                group = top / place.lstrip("/")
+                for folder in (group, *group.parents):
+                    with suppress(OSError, ValueError):
+                        found.append(float((folder / name).read_text()))  # `max` is none
+                    if folder == top:
+                        break
+    with suppress(ImportError, OSError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        found.append(math.inf if limit == resource.RLIM_INFINITY else float(limit))
+    return found
 
 
 def memory_table(plans: dict[str, Plan], chosen: str, device: torch.device, available: float) -> str:
     """What each profile needs and changes, and item by item what the chosen one needs."""
     lines = [f"memory: {device} has {available / GIB:.1f} GiB"]
     lines += [
-        f"  --memory {name:<6} {plan.total / GIB:6.1f} GiB  {plan.profile.numerics}" for name, plan in plans.items()
+        f"  --memory {name:<6} {plan.total / GIB:6.1f} GiB  {plan.problem or plan.profile.numerics}"
+        for name, plan in plans.items()
     ]
     lines.append(f"{chosen}:")
     lines += [f"  {item:<46}{size / GIB:6.1f} GiB" for item, size in plans[chosen].needs.items()]

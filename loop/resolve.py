@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from data.dataset import Data
 from data.errors import UserError
 from data.show import report_table, show_example, thinking_warning
+from loop.adamw_8bit import import_torchao
 from loop.config import TrainConfig
 from loop.console import say, warn
 from loop.distributed import on_main_process
-from loop.memory import GIB, Plan, choose, disk_of, memory_of, memory_table, plan_all
+from loop.memory import GIB, PROFILES, Plan, choose, disk_of, memory_of, memory_table, plan_all
 from loop.run_folder import keep_global_batch
 from loop.tracking import choose_mode
 from model.generate import emulates_bf16
@@ -47,8 +48,14 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     config = dataclasses.replace(config, max_steps=max_steps, compile=compiled)
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
-    plans = plan_all(config, outline, data.wordings.lengths.tolist(), device, shards)
+    lengths = data.wordings.lengths.tolist()
+    asked = ("speed", "32g") if config.memory == "auto" else (config.memory,)
+    plans = plan_all(config, outline, lengths, device, shards, PROFILES if config.dry_run else asked)
+    if all(plan.total > available for plan in plans.values()):  # what else would fit?
+        plans = plan_all(config, outline, lengths, device, shards)
     plan = choose(plans, config.memory, device, available, config.dry_run)
+    if plan.profile.optim == "adamw_8bit" and not config.dry_run:
+        import_torchao()
     config = dataclasses.replace(
         config,
         memory=plan.name,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
@@ -38,7 +39,10 @@ class StepMetrics(NamedTuple):
         the sums do not depend on the order of ranks, and no device needs fp64."""
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        *sums, grad_norm = torch.cat([loss_sums.flatten(), grad_norm.reshape(1)]).tolist()
+        numbers = torch.cat([loss_sums.flatten(), grad_norm.reshape(1)])
+        if isinstance(numbers, FakeTensor):  # the step is tried before the run: see loop/trial.py
+            return cls(0.0, 0.0, batch.num_think_targets, batch.num_answer_targets, grad_norm=1e3)
+        *sums, grad_norm = numbers.tolist()
         return cls(total(sums[::2]), total(sums[1::2]), batch.num_think_targets, batch.num_answer_targets, grad_norm)
 
 

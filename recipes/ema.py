@@ -1,7 +1,8 @@
 """EMA: an exponential average of the weights is evaluated, answers the samples, and is exported as best/.
 
 Paper: Polyak and Juditsky 1992; the warm-up of the decay, min(DECAY, (1 + n) / (10 + n)), is that of TensorFlow's
-ExponentialMovingAverage. Cost: 4 bytes a parameter, and one pass over the weights in each step.
+ExponentialMovingAverage. Cost: 4 bytes a parameter, in fp32 whatever the weights are, and one pass over the weights in
+each step; in an evaluation, where there are no gradients, a copy of the weights.
 Changed: train_step, evaluated_weights. Checkpoints hold the average in optimizer.state.
 """
 
@@ -79,24 +80,24 @@ def update_average(optimizer) -> None:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             n = state["updates"] = state.get("updates", 0) + 1
-            average = state.setdefault("average", parameter.detach().clone())
-            average.lerp_(parameter, 1 - min(DECAY, (1 + n) / (10 + n)))
+            if "average" not in state:
+                state["average"] = parameter.detach().float().clone()  # bf16 would round most updates away
+            state["average"].lerp_(parameter.float(), 1 - min(DECAY, (1 + n) / (10 + n)))
 
 
 @contextmanager
 def evaluated_weights(model, optimizers):
     """Within it the model has the averages as its weights; before the first update, its own."""
-    pairs = [(p, state["average"]) for o in optimizers for p, state in o.state.items() if "average" in state]
-    swap(pairs)
+    averages = [(p, state["average"]) for o in optimizers for p, state in o.state.items() if "average" in state]
+    own = [parameter.detach().clone() for parameter, _ in averages]
+    copy(averages)
     try:
         yield
     finally:
-        swap(pairs)
+        copy([(parameter, weight) for (parameter, _), weight in zip(averages, own, strict=True)])
 
 
 @torch.no_grad()
-def swap(pairs) -> None:
-    for parameter, average in pairs:
-        weight = parameter.clone()
-        parameter.copy_(average)
-        average.copy_(weight)
+def copy(pairs) -> None:
+    for parameter, value in pairs:
+        parameter.copy_(value)

@@ -25,16 +25,14 @@ def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
         {"params": tables, "weight_decay": config.weight_decay},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    muon = {"name": "muon", "params": matrices}
-    return [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True),
-        torch.optim.Muon(
-            [muon],
-            lr=MUON_LR * config.learning_rate,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-    ]
+    groups = [group for group in groups if group["params"]]  # none under LoRA, which trains matrices of layers alone
+    muon = torch.optim.Muon(
+        [{"name": "muon", "params": matrices}],
+        lr=MUON_LR * config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [*([torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)] if groups else []), muon]
 
 
 def lr_multiplier(step, max_steps, config) -> float:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from data.errors import UserError
 from loop.adamw_8bit import adamw_8bit
 from loop.state import StepMetrics
 
@@ -19,6 +20,8 @@ RHO = 0.05  # in units of the weights, over all parameters together
 def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if parameters[0].dtype == torch.bfloat16:
+        raise UserError("sam.py needs weights in fp32: bf16 would round its step of RHO away (--memory 24g has them)")
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms

@@ -129,23 +129,6 @@ class Recorder(TorchDispatchMode):
         self.float64.clear()
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """In the place of torchao's, whose step no fake tensor goes through: states of as many bytes, and the two fp32
-    temporaries of a parameter that its compiled step allocates."""
-
-    def __init__(self, groups, lr):
-        super().__init__(groups, {"lr": lr})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                states = [p.numel(), p.numel(), p.numel() // 64, p.numel() // 64]
-                state = self.state[p]
-                state["bytes"] = state.get("bytes") or [p.new_empty(size, dtype=torch.uint8) for size in states]
-                temporaries = [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
-                p.grad.add_(temporaries[0])
-
-
 def run_graph(graph, _):
     return make_boxed_func(graph.forward)
 
@@ -164,21 +147,21 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     import loop.memory
-    import loop.step
     from loop.distributed import make_accelerator, prepare, to_device
+    from loop.step_file import load_step_file
     from model.attention import PACKED
     from model.lora import add_lora
     from model.loss import SFTModel
 
     torch._dynamo.reset()
     config = TrainConfig(memory=memory, compile="on" if compile else "off", **settings)
-    accelerator = make_accelerator(config)
+    accelerator, method = make_accelerator(config), load_step_file(config.step_file)
     shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:
         add_lora(outline, config.lora_rank, "")
-    plan = loop.memory.plan_all(config, outline, lengths, accelerator.device, 1)[memory]
+    plan = loop.memory.plan_all(config, outline, lengths, accelerator.device, 1, [memory])[memory]
     profile = plan.profile
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
     batch = make_batch(rows, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
@@ -187,6 +170,7 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
         FakeTensorMode(allow_non_fake_inputs=True),
         recorder,
         mock.patch.object(FakeTensor, "tolist", lambda t: recorder.tolist(t)),
+        mock.patch("loop.state.FakeTensor", Recorder),  # the step waits as on a device that is there
     ):
         with accelerator.device:
             causal_lm = AutoModelForCausalLM.from_config(shaped, attn_implementation=PACKED, dtype=profile.weights)
@@ -197,10 +181,10 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
         for layer in causal_lm.model.layers if compile else ():
             layer.compile(dynamic=True, backend=PARTITIONED)
         model = SFTModel(causal_lm.train(), profile.loss_chunk)
-        model, optimizers = prepare(accelerator, model, loop.step.make_optimizers(model, config))
+        model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
         for _ in range(2):
             recorder.begin()
-            loop.step.train_step(model, optimizers, to_device(batch, accelerator.device), accelerator, 1.0, config)
+            method.train_step(model, optimizers, to_device(batch, accelerator.device), accelerator, 1.0, config)
     return {
         "peak": recorder.peak,
         "kept": recorder.now,
@@ -218,7 +202,6 @@ def main(cases: list[dict]) -> None:
         mock.patch.object(FakeTensorMode, "avoid_device_init", True),
         mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
         mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module),  # all is made where it belongs
-        mock.patch("loop.adamw_8bit.adamw_8bit", AdamW8bit),
     ):
         for case in cases:
             print(json.dumps(case | measure(**case)), flush=True)

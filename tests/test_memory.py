@@ -14,6 +14,7 @@ from data.errors import UserError
 from loop.config import TrainConfig
 from loop.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
 from loop.step import make_optimizers
+from loop.trial import try_step
 from model.attention import PACKED
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
@@ -132,7 +133,8 @@ def test_8_bit_moments_take_the_bytes_that_are_predicted():
         sum(part.nbytes for part in (state.codes, state.scale)) if hasattr(state, "codes") else state.nbytes
         for state in states
     )
-    predicted = predict(PROFILES["24g"], TrainConfig(), model, 100, False, CPU)["optimizer states"]
+    trial = try_step(model, TrainConfig(memory="24g"), torch.float32)
+    predicted = predict(PROFILES["24g"], TrainConfig(), model, 100, False, CPU, trial)["optimizer states"]
     assert size == pytest.approx(predicted, rel=0.02)
 
 

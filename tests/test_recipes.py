@@ -159,13 +159,55 @@ def edited(tmp_path, name: str, *edits):
     return path
 
 
+ADAMW = "[torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]"
 BAD = {
     "no_file.py": ([], "there is no step file"),
     "lacks.py": ([("def lr_multiplier(", "def another(")], "has no function lr_multiplier"),
     "syntax.py": ([("def lr_multiplier(", "def (")], "syntax.py, line"),
     "forgets.py": ([("if p.ndim < 2]", "if p.ndim < 1]")], "norm.weight is in no group"),
     "two.py": ([("fused=True)]", "fused=True), torch.optim.SGD(parameters)]")], "embed_tokens.weight is in 2 groups"),
-    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "more than one parameter group (model.embed_tokens.weight)"),
+    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "twice.py, line 27: ValueError: some parameters"),
+    "one.py": ([(ADAMW, ADAMW[1:-1])], "make_optimizers in one.py returned AdamW; it returns a list"),
+    "tuple.py": ([(f"return {ADAMW}", f"o = {ADAMW}[0]\n    return o, o")], "tuple.py returned (AdamW, AdamW)"),
+    "no_rate.py": ([(ADAMW, "[torch.optim.Adafactor(groups, lr=None)]")], "no_rate.py"),
+    "scheduler.py": (
+        [(f"return {ADAMW}", f"o = {ADAMW}\n    torch.optim.lr_scheduler.LambdaLR(o[0], lambda n: 1.0)\n    return o")],
+        "write it in lr_multiplier",
+    ),
+    "closure.py": ([(ADAMW, "[torch.optim.LBFGS(parameters)]")], "closure.py, line"),
+    "returns_nothing.py": ([("    return metrics\n", "")], "train_step in returns_nothing.py returned NoneType"),
+    "raises.py": ([("import math\n", "import math\n\nnot_there\n")], "raises.py, line 11: NameError: name 'not_there'"),
+    "misses.py": ([("import math\n", "import not_there\n")], "misses.py, line 9: ModuleNotFoundError"),
+    "typo.py": (
+        [("optimizer.zero_grad(", "optimizer.zero_gradient(")],
+        "train_step in typo.py, line 70: AttributeError",
+    ),
+    "nan_rate.py": ([("    warmup_steps = ", "    return math.nan\n    warmup_steps = ")], "nan_rate.py gave nan"),
+    "counts.py": (
+        [
+            ("    return metrics\n", "    SEEN.append(1)\n    return metrics\n"),
+            ("import torch\n", "import torch\n\nSEEN = []\n"),
+        ],
+        "train_step in counts.py changes the global SEEN",
+    ),
+    "attribute.py": ([("    return metrics\n", "    optimizer.mine = 1\n    return metrics\n")], "changes AdamW.mine"),
+    "group.py": (
+        [("    return metrics\n", '    optimizers[0].param_groups[0]["k"] = 1\n    return metrics\n')],
+        "'k' of group 0 of AdamW",
+    ),
+    "object.py": (
+        [
+            (
+                "    return metrics\n",
+                "    optimizer.state[next(model.parameters())]['x'] = object()\n    return metrics\n",
+            )
+        ],
+        "holds a object",
+    ),
+    "no_parameter.py": (
+        [("    return metrics\n", "    optimizer.state['x']['y'] = 1\n    return metrics\n")],
+        "optimizer.state['x'] is of no parameter",
+    ),
 }
 
 
