@@ -3,19 +3,19 @@
 Importing this file does nothing.
 """
 
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from data.errors import UserError
 from loop.command_line import parse_config
-from loop.console import is_main_process, prepare_terminal, refuse
+from loop.console import is_main_process, keep_going_without_output, prepare_terminal, refuse
 from loop.environment import set_before_torch
 
 
 def main(args: list[str] | None = None) -> None:
     prepare_terminal()
+    keep_going_without_output()
     config = parse_config(sys.argv[1:] if args is None else args)
     set_before_torch()
     # Heavy imports wait until the command line is known to be right.
@@ -34,11 +34,9 @@ def main(args: list[str] | None = None) -> None:
                 print(f"report: {write_report(folder, config.language)}\nchat: {chat_command(folder / 'best')}")
     except UserError as error:
         refuse(str(error))
-    except BrokenPipeError:  # the reader of what is printed has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     except OSError as error:  # a full disk, say; what was written before is whole
-        refuse(f"{error}; what is in {folder} is intact, go on with --resume")
+        has_begun = not config.dry_run and (folder / "run.json").exists()
+        refuse(f"{error}" + (f"; what is in {folder} is intact, go on with --resume" if has_begun else ""))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None

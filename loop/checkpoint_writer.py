@@ -110,6 +110,10 @@ def write_checkpoint(root: Path, copy: dict, trainer: dict, save_total_limit: in
         write_json(temporary / "trainer.json", trainer)
         files = {name: value for part in parts for name, value in part.items()}
         files |= fingerprints(temporary, [temporary / "state/.metadata", temporary / "trainer.json"])
+        if missing := [name for name in files if not (temporary / name).is_file()]:
+            raise OSError(
+                f"{missing[0]} is not in {temporary}: all machines need one output_dir that each of them sees"
+            )
         write_json(temporary / "manifest.json", files)
         sync_folder(temporary / "state")
         old = root / f".old-{folder.name}"

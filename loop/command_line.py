@@ -10,6 +10,7 @@ import difflib
 import io
 import itertools
 import shlex
+import sys
 from pathlib import Path
 
 import tyro
@@ -110,5 +111,14 @@ def as_flags(name: str, value, kind) -> list[str]:
     return [f"--{name}={'on' if value else no}"]
 
 
+def print_output_dir() -> None:
+    """python -m loop.command_line ARGUMENTS OF train.py: the folder of their run, for scripts."""
+    print(parse_config(sys.argv[1:]).output_dir)
+
+
 def nearest(word: str, choices) -> str:
     return difflib.get_close_matches(word, list(choices), n=1, cutoff=0.0)[0]
+
+
+if __name__ == "__main__":
+    print_output_dir()

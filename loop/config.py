@@ -119,7 +119,7 @@ class TrainConfig:
     # end); 0 turns it off.
     num_samples: int = may_change(3)
     # Most time that these answers may take, as a share of the time trained since the last evaluation (before training,
-    # of the evaluation's own time); then they end where they are. 0 for no limit.
+    # of the evaluation's own time); then they end where they are, and elsewhere after a resume. 0 for no limit.
     sample_budget: float = may_change(0.1)
     # Longest of these answers in tokens, thinking included.
     sample_max_new_tokens: int = may_change(1024)

@@ -1,7 +1,9 @@
 """Messages to the person at the terminal: said once, by the main process."""
 
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,6 +19,30 @@ def prepare_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Output(io.FileIO):
+    """A stream of the terminal that may go away, as in `| head -1` or on a full disk: what is written is then lost,
+    said once on stderr, and the process goes on."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                warn(f"stdout cannot be written to ({error.strerror}); the run goes on without it")
+            return len(data)
+
+
+def keep_going_without_output() -> None:
+    """For stdout and stderr, unless something else has taken their place."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            buffering = {"line_buffering": True, "write_through": name == "stderr"}
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **buffering))
+
+
 def hush_libraries() -> None:
     """Keeps them quiet, from their import on, about what they could load and do without."""
     for name in ("torchao", "torch.utils._pytree"):
@@ -28,12 +54,20 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text of a model or a file, whose control characters would steer the terminal, with these written out."""
+    return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
 def say(message: str, file=None) -> None:
     """Prints a line above the progress bar; nothing on other ranks."""
     if is_main_process():
         from tqdm import tqdm
 
-        tqdm.write(message, file=file or sys.stdout)
+        tqdm.write(visible(message), file=file or sys.stdout)
         (file or sys.stdout).flush()
 
 

@@ -43,7 +43,7 @@ def fit(config: TrainConfig) -> bool:
     run = Run(config, data, plan, method, about, accelerator)
     state = run.state
     if run.is_finished:
-        say(f"this run is finished: {state.summary(run.best)}")
+        say(f"this run is finished: {run.summary(state.best_step, state.best_loss)}")
         return False
 
     model = build_model(config, data.tokenizer, accelerator)

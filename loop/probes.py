@@ -21,6 +21,8 @@ class Evaluation:
 
     def __init__(self, data: Data, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
+        counts = data.split.report["val"]
+        self.num_targets = counts["think_tokens"], counts["answer_tokens"]
         rows = data.eval_rows(data.val, config)
         self.batches, self.groups = Collated(rows), LossOfGroups(data.labels_of(rows))
         self.probe = ThinkProbe(data, config, rows) if config.think_probe else None
@@ -35,13 +37,23 @@ class Evaluation:
                 groups.add(index, losses)
 
         metrics = evaluate(model, self.batches, self.accelerator, check, each)
-        more = {f"eval/loss/{label}": loss for label, loss in self.groups.means().items()}
+        more = {"eval/weighted_loss": self.weighted(metrics)}
+        more |= {f"eval/loss/{label}": loss for label, loss in self.groups.means().items()}
         if self.probe:
             more |= self.probe.losses(model, self.accelerator, check)
         exam_steps = self.config.exam_steps or self.config.eval_steps
         if self.exam and (step % exam_steps == 0 or step == self.config.max_steps):
             more |= self.exam.accuracy(model, self.accelerator, check)
         return metrics, more
+
+    def weighted(self, metrics: EvalMetrics) -> float:
+        """The loss as it is trained, with the weights of thinking and answer: the one that chooses the best model."""
+        weights = self.config.think_weight, self.config.answer_weight
+        if weights == (1, 1):
+            return metrics.loss
+        losses = metrics.think_loss, metrics.answer_loss
+        parts = zip(weights, losses, self.num_targets, strict=True)
+        return sum(weight * loss * number for weight, loss, number in parts if weight * number) / sum(self.num_targets)
 
 
 class ThinkProbe:

@@ -30,10 +30,12 @@ from loop.progress import Progress
 from loop.run_folder import (
     FINISHED,
     check_same_run,
+    check_shared,
     find_start,
     is_over,
     is_trained,
     launches_of,
+    newer_best,
     read_run,
     read_status,
     utc,
@@ -45,6 +47,8 @@ from loop.step_file import record
 from loop.tracking import Tracker, peak_memory_gib
 from model.export import card, export
 
+WEIGHTED = "eval/weighted_loss"  # decides which model is the best, unless the step file names another figure
+
 
 class Run:
     """State, status, metrics, best model and samples. Every rank calls it; the main process writes.
@@ -54,7 +58,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, data: Data, plan: Plan, step_file, about: dict, accelerator: Accelerator):
         """about: num_parameters, and the class names of the optimizers. Raises UserError if the folder holds another
-        run."""
+        run, or is not the same for all processes."""
         self.config, self.data, self.plan, self.step_file, self.accelerator = config, data, plan, step_file, accelerator
         self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
         self.info = dataclasses.asdict(config) | {
@@ -62,6 +66,7 @@ class Run:
             "train_rows": f"{len(data.train):,} with sha256 {digest(chain(data.train, data.wordings.rewrites))}",
             "val_rows": f"{len(data.val):,} with sha256 {digest(data.val)}",
             "weights": str(PROFILES[config.memory].weights),
+            "metric_for_best_model": getattr(step_file, "METRIC_FOR_BEST_MODEL", WEIGHTED),
             **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
         }
         device = accelerator.device
@@ -69,20 +74,19 @@ class Run:
             "world_size": accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
-        self.checkpoint, self.state, more = on_main_process(self.open)
+        self.checkpoint, self.state, self.newer, more = on_main_process(self.open)
+        check_shared(self.folder)
         self.info |= more
 
-    def open(self) -> tuple[Path | None, TrainState, dict]:
-        """The checkpoint to go on from, its state, and the step files and launches so far. Main process alone."""
+    def open(self) -> tuple[Path | None, TrainState, tuple[int, float] | None, dict]:
+        """The checkpoint to go on from, its state, a best/ that is newer, and the step files and launches so far. Main
+        process alone."""
         check_same_run(self.folder, self.info)
+        before = read_run(self.folder) if is_trained(self.folder) else {}
         checkpoint, state = find_start(self.config)
-        before = read_run(self.folder).get("step_files", []) if is_trained(self.folder) else []
-        step_files = record(self.folder, self.step_file, self.launch["optimizers"], before, state.step)
-        return (
-            checkpoint,
-            state,
-            {"step_files": step_files, "launches": launches_of(self.folder, launch_command(), state.step)},
-        )
+        files = record(self.folder, self.step_file, self.launch["optimizers"], before.get("step_files", []), state.step)
+        launches = launches_of(self.folder, before.get("launches", []), launch_command(), state.step)
+        return checkpoint, state, newer_best(self.best, state), {"step_files": files, "launches": launches}
 
     @property
     def has_same_optimizers(self) -> bool:
@@ -141,13 +145,24 @@ class Run:
         Raises Stopped if the run is asked to stop while the model answers: everything is then as it was. Raises
         UserError if no export can be made.
         """
-        state, is_best = self.state, self.state.is_better(metrics.loss)
+        row = {f"eval/{name}": value for name, value in metrics._asdict().items()} | more
+        if self.info["metric_for_best_model"] not in row:
+            raise UserError(
+                f"METRIC_FOR_BEST_MODEL of {self.config.step_file} is {self.info['metric_for_best_model']!r}, which no "
+                f"evaluation gives; there are {', '.join(row)}"
+            )
+        loss = row[self.info["metric_for_best_model"]]
+        state, is_best = self.state, self.state.is_better(loss)
         seconds = self.progress.take_trained() * self.config.sample_budget or math.inf
         rates = self.samples.answer(model, self.accelerator, state.step, interrupt, seconds)
         try:
-            if is_best:
-                self.export(metrics, model)
-            state.evaluated(metrics.loss, self.config.early_stopping_min_delta, is_best)
+            if is_best and self.newer and self.newer[1] < loss:
+                step, kept = self.newer
+                say(f"best/ stays that of step {step} of the launch before: its {kept:.4f} is lower than {loss:.4f}")
+            elif is_best:
+                self.export(metrics, loss, model)
+                self.newer = None
+            state.evaluated(loss, self.config.early_stopping_min_delta, is_best)
         except SaveError as error:  # best_loss is always that of the model in best/
             if not error.is_io:
                 raise UserError(f"the model cannot be exported, so nothing is trained: {error}") from error
@@ -159,18 +174,17 @@ class Run:
             f"step {state.step}/{self.config.max_steps}  eval loss {metrics.loss:.4f} "
             f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
         )
-        row = {f"eval/{name}": value for name, value in metrics._asdict().items()}
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-        self.tracker.log(row | more | rates, state.step)
+        self.tracker.log(row | rates, state.step)
         self.progress.resume()
 
-    def export(self, metrics: EvalMetrics, model) -> None:
+    def export(self, metrics: EvalMetrics, loss: float, model) -> None:
         """All ranks; raises SaveError, with the older export intact."""
         causal_lm, tokenizer = self.accelerator.unwrap_model(model).causal_lm, self.data.tokenizer
         weights = self.accelerator.get_state_dict(model)
         weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
         figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
-        figures |= {"perplexity": metrics.perplexity, **metrics._asdict()}
+        figures |= {"perplexity": metrics.perplexity, "deciding_loss": loss, **metrics._asdict()}
         settings = self.info | figures, self.config.language, causal_lm.generation_config
         texts = card(*settings, tokenizer.chat_template)
         together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
@@ -201,28 +215,34 @@ class Run:
             self.progress.show(state.step, row)
         self.progress.resume()
 
+    def summary(self, best_step: int, best_loss: float | None) -> str:
+        if best_loss is None:
+            return f"step {self.state.step}, no evaluation with a finite loss"
+        return f"step {self.state.step}; best eval loss {best_loss:.4f} at step {best_step}: {self.best}"
+
     def finish(self, interrupt: Interrupt) -> bool:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
         self.progress.bar.close()
         state, best, is_done = self.state, self.best, self.is_trained
+        best_step, best_loss = self.newer or (state.best_step, state.best_loss)
         device = self.accelerator.device
         # PyTorch counts its tensors; of a process on a CPU the system counts everything.
         of, predicted = ("", self.plan.total) if device.type == "cpu" else (" of tensors", self.plan.tensors)
         say(f"peak memory{of} {peak_memory_gib(device):.1f} GiB; predicted {predicted / GIB:.1f}")
         if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN
             try:
-                self.samples.answer_with_best(best, device, state.best_step, state.step, interrupt)
+                self.samples.answer_with_best(best, device, best_step, state.step, interrupt)
             except Stopped:
                 is_done = False
         status = "completed" if is_done else "interrupted"
         if is_done and state.is_out_of_patience(self.config.early_stopping_patience):
             status = "early_stopped"
         if is_done:
-            say(f"{status.replace('_', ' ')}: {state.summary(best)}")
+            say(f"{status.replace('_', ' ')}: {self.summary(best_step, best_loss)}")
         else:
             interrupt.done()
             where = "with a checkpoint" if state.step else "before the first step"
-            say(f"interrupted, {where}: {state.summary(best)}. Go on: {resume_command()}")
-        self.report(status, best_step=state.best_step, best_loss=state.best_loss)
+            say(f"interrupted, {where}: {self.summary(best_step, best_loss)}. Go on: {resume_command()}")
+        self.report(status, best_step=best_step, best_loss=best_loss)
         self.tracker.finish("success" if is_done else "aborted")
         return is_done

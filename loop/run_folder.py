@@ -7,6 +7,7 @@ output_dir/run.json         what the run is; --resume refuses anything else
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -20,16 +21,15 @@ from filelock import FileLock, Timeout
 from data.errors import UserError
 from loop.checkpoint import newest_sound
 from loop.config import TrainConfig
-from loop.console import warn
+from loop.console import is_main_process, warn
+from loop.distributed import gather, on_main_process
 from loop.files import write_json
 from loop.state import TrainState, read_state
-from model.export import restore_export
+from model.export import header_of, restore_export
 
 # Settings that another launch may change, and what is recorded apart from them.
-FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")} | {
-    "step_files",
-    "launches",
-}
+FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")}
+FREE |= {"step_files", "launches", "metric_for_best_model"}
 FINISHED = ("completed", "early_stopped")
 TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
@@ -102,7 +102,7 @@ def find_start(config: TrainConfig) -> tuple[Path | None, TrainState]:
     restore_export(best)
     checkpoint = newest_sound(folder / "checkpoints") if config.resume else None
     if checkpoint is None:
-        return None, without_checkpoint(folder)
+        return None, without_checkpoint(folder, config.save_steps)
     state = read_state(checkpoint)
     if state.best_loss is not None and not best.is_dir():
         missing = f"{best}, the model of step {state.best_step}, is missing"
@@ -113,21 +113,73 @@ def find_start(config: TrainConfig) -> tuple[Path | None, TrainState]:
     return checkpoint, state
 
 
-def without_checkpoint(folder: Path) -> TrainState:
-    """The state of a run that begins, or that was finished and has lost its checkpoints."""
+def without_checkpoint(folder: Path, save_steps: int) -> TrainState:
+    """The state of a run that begins, or that was finished and has lost its checkpoints. One that was killed before its
+    first checkpoint begins again, and what it made stays under other names. Raises UserError if it lost its
+    checkpoints."""
     metrics, best, status = folder / "metrics.jsonl", folder / "best", read_status(folder)
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     step = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    begin = TrainState(run_id=uuid.uuid4().hex[:12])
     if not step and (metrics.exists() or not best.exists()):
-        return TrainState(run_id=uuid.uuid4().hex[:12])  # at most the model before its first step is there
+        return begin  # at most the model before its first step is there
     if status.get("status") in FINISHED and best.exists():
         end = {name: status[name] for name in ("step", "best_step", "best_loss")}
         return TrainState(run_id="", **end)
-    raise UserError(
-        f"{folder} was trained up to step {step or 'unknown'}, but has no sound checkpoint to go on from, and a start "
-        "from step 0 would replace what is there. Put its checkpoints/ back, with the files whose names begin with a "
-        f"dot; or train on from its model: --model {shlex.quote(str(best))} --output-dir OTHER"
+    was_saved = step >= save_steps and not (folder / "checkpoints").is_dir()
+    if was_saved or not step or any(folder.glob("checkpoints/.bad-*")):
+        raise UserError(
+            f"{folder} was trained up to step {step or 'unknown'}, but has no sound checkpoint to go on from. Put its "
+            "checkpoints/ back, with the files whose names begin with a dot; or train on from its model: "
+            f"--model {shlex.quote(str(best))} --output-dir OTHER"
+        )
+    best_step = step_of(best) or 0
+    asides = {metrics: f"metrics-until-step-{step}.jsonl", folder / "samples.jsonl": f"samples-until-step-{step}.jsonl"}
+    asides |= {best: f"best-of-step-{best_step}"} if best_step else {}
+    moved = [set_aside(path, name) for path, name in asides.items() if path.exists()]
+    warn(
+        f"this run was ended before its first checkpoint and begins again at step 0; what it had made is kept as "
+        f"{', '.join(moved)}"
     )
+    return begin
+
+
+def set_aside(path: Path, name: str) -> str:
+    """Renames a file or folder, to NAME or NAME-2 and so on if there is one already."""
+    stem, dot, suffix = name.partition(".")
+    names = (name, *(f"{stem}-{number}{dot}{suffix}" for number in itertools.count(2)))
+    free = next(other for other in names if not path.with_name(other).exists())
+    path.rename(path.with_name(free))
+    return free
+
+
+def step_of(best: Path) -> int | None:
+    """The step of an exported model, as its card says."""
+    step = header_of(best).get("step")
+    return step if isinstance(step, int) else None
+
+
+def newer_best(best: Path, state: TrainState) -> tuple[int, float] | None:
+    """(step, deciding loss) of a best/ that is younger than the checkpoint: it stays until a better one comes."""
+    step, loss = step_of(best), header_of(best).get("deciding_loss")
+    return (step, loss) if step is not None and step > state.step and isinstance(loss, float) else None
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError if some process does not see the main process's folder, as on machines that share no disk. All
+    ranks."""
+    mark = folder / on_main_process(lambda: f".shared-{uuid.uuid4().hex}")
+    if is_main_process():
+        mark.touch()
+    gather(None)  # it is there
+    seen = gather(mark.exists())
+    if is_main_process():
+        mark.unlink(missing_ok=True)
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see {folder} of the main process: all machines need one --output-dir "
+            "that each of them sees"
+        )
 
 
 def is_over(state: TrainState, config: TrainConfig) -> bool:
@@ -159,12 +211,13 @@ def keep_global_batch(config: TrainConfig, num_processes: int) -> TrainConfig:
     return dataclasses.replace(config, gradient_accumulation_steps=steps)
 
 
-def launches_of(output_dir: Path, command: str, step: int) -> list[dict]:
-    """Those in run.json, and the one that begins now after `step` steps: its command, when it began and when it ended,
-    in UTC. A killed one ended when its last row was written."""
-    before = read_run(output_dir).get("launches", []) if is_trained(output_dir) else []
-    if before and "ended" not in before[-1] and (output_dir / "metrics.jsonl").exists():
-        before[-1]["ended"] = utc(max(seconds_of(before[-1]["began"]), (output_dir / "metrics.jsonl").stat().st_mtime))
+def launches_of(output_dir: Path, before: list[dict], command: str, step: int) -> list[dict]:
+    """Those before, and the one that begins now after `step` steps: its command, when it began and when it ended, in
+    UTC. A killed one ended when its last row was written."""
+    rows = [*output_dir.glob("metrics*.jsonl")]
+    if before and "ended" not in before[-1] and rows:
+        last = max(path.stat().st_mtime for path in rows)
+        before[-1]["ended"] = utc(max(seconds_of(before[-1]["began"]), last))
     return [*before, {"command": command, "from_step": step, "began": utc(time.time())}]
 
 

@@ -38,12 +38,13 @@ class Samples:
     def answer(
         self, model: torch.nn.Module, accelerator: Accelerator, step: int, interrupt: Interrupt, seconds: float
     ) -> dict:
-        """The model in training answers the first questions; returns its format rates. All ranks.
+        """The model in training answers the first questions; returns its format rates, on the main process. All ranks.
 
         After so many seconds all answers end where they are, and have no rates. Raises Stopped, with nothing written,
         if the run is asked to stop meanwhile.
 
-        Each rank computes the same answers, because with FSDP2 every forward needs all of them.
+        Under FSDP2 each rank computes the same answers, because every forward needs all of them; under DDP the main
+        process alone does, because ranks that end a token apart would wait for each other.
         """
         if not self.num_samples:
             return {}
@@ -54,17 +55,21 @@ class Samples:
         end, is_cut = time.monotonic() + seconds, []
 
         def should_stop() -> bool:
-            is_cut.append(interrupt.requested(or_on_main=time.monotonic() > end))
-            return is_cut[-1]
+            is_late = time.monotonic() > end
+            asked = interrupt.requested(is_late) if accelerator.is_fsdp2 else interrupt.requested_here() or is_late
+            is_cut.append(asked)
+            return asked
 
-        with ready_to_generate(sft_model.causal_lm, in_bf16), accelerator.autocast():
-            asked = prompts(rows, self.tokenizer)
-            replies = reply_to(sft_model.causal_lm, self.tokenizer, asked, self.max_new_tokens, generate, should_stop)
+        replies = []
+        if is_main_process() or accelerator.is_fsdp2:
+            with ready_to_generate(sft_model.causal_lm, in_bf16), accelerator.autocast():
+                asked = prompts(rows, self.tokenizer), self.max_new_tokens
+                replies = reply_to(sft_model.causal_lm, self.tokenizer, *asked, generate, should_stop)
         interrupt.check()
         cut = {"cut_at": len(is_cut)} if any(is_cut) else {}  # tokens
         if is_main_process():
             self.write([line(step, "training", row, reply) | cut for row, reply in zip(rows, replies, strict=True)])
-        return {} if cut else {f"format/{name}": rate for name, rate in format_rates(replies).items()}
+        return {} if cut or not replies else {f"format/{name}": rate for name, rate in format_rates(replies).items()}
 
     def answer_with_best(
         self, best: Path, device: torch.device, best_step: int, step: int, interrupt: Interrupt

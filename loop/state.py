@@ -104,11 +104,6 @@ class TrainState:
             "train/answer_loss": mean(answer, num_answer),
         }
 
-    def summary(self, best: Path) -> str:
-        if self.best_loss is None:
-            return f"step {self.step}, no evaluation with a finite loss"
-        return f"step {self.step}; best eval loss {self.best_loss:.4f} at step {self.best_step}: {best}"
-
     def check_divergence(self, max_steps: int) -> None:
         """Raises Diverged after more than 3 skipped steps in a row, or more than 1 % of the run (3 at least)."""
         most = max(MAX_NONFINITE_IN_A_ROW, max_steps // 100)

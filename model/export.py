@@ -104,6 +104,15 @@ def restore_export(folder: Path) -> None:
         old.rename(folder)
 
 
+def header_of(folder: Path) -> dict:
+    """The head of an exported model's card; empty without one."""
+    try:
+        header, _, _ = (folder / "README.md").read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
+        return dict(yaml.safe_load(header))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
 def card(run: dict, language: str, sampling: GenerationConfig, template: str = "<|im_start|>") -> dict[str, str]:
     """README.md, the model card, and a Modelfile for Ollama if the chat template is Qwen3's form. run: its settings and
     figures.
@@ -116,6 +125,8 @@ def card(run: dict, language: str, sampling: GenerationConfig, template: str = "
         "pipeline_tag": "text-generation",
         "tags": ["qwen3", "medical", "reasoning", "sft"],
         "system_prompt": run["system_prompt"],
+        "step": run["step"],
+        "deciding_loss": run["deciding_loss"],
     }
     # If a model or dataset is a path, the name is enough; the folders above it are private.
     model = Path(run["model"])
@@ -134,8 +145,4 @@ def card(run: dict, language: str, sampling: GenerationConfig, template: str = "
 
 def system_prompt_of(folder: Path) -> str:
     """The system prompt that an exported model was trained with; empty where its card names none."""
-    try:
-        header, _, _ = (folder / "README.md").read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")
-        return yaml.safe_load(header)["system_prompt"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return ""
+    return str(header_of(folder).get("system_prompt") or "")

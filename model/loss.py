@@ -19,6 +19,7 @@ class SFTModel(nn.Module):
         compiled: the softmax over the vocabulary, too."""
         super().__init__()
         self.causal_lm = causal_lm
+        self._no_split_modules = causal_lm._no_split_modules  # what FSDP2 shards: the decoder's layer
         self.loss_chunk, self.compiled = loss_chunk, compiled
 
     def forward(

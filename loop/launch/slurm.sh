@@ -9,12 +9,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 srun python train.py "$@" --resume
-folder=outputs/qwen3-1.7b-medical before=
-for word in "$@"; do
-    [ "$before" = --output-dir ] && folder=$word
-    [[ $word == --output-dir=* ]] && folder=${word#*=}
-    before=$word
-done
+folder=$(python -m loop.command_line "$@")
 if grep -q '"status": "interrupted"' "$folder/run_status.json"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
