@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from data.encode import control_tokens
 from data.errors import UserError, one_line
 from data.template import generation_prompt, has_block, opens_block
 from model.qwen3 import find_model
@@ -173,7 +174,12 @@ def split_reply(ids: list[int], tokenizer, ends: list[int], prompt: str = "") ->
 
 
 class ReplyError(UserError):
-    """There can be no reply: the dialogue leaves no room for one, or the model failed."""
+    """There can be no reply. kind: full (the dialogue leaves no room for one), control (it holds a control token) or
+    failed (the model did)."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
 
 
 class ReplyStream(BaseStreamer):
@@ -187,11 +193,14 @@ class ReplyStream(BaseStreamer):
     ):
         """dialogue ends with a user message; thinking False asks for an answer alone; sampling: keywords of
         `generate` that take the place of the model's generation_config. Raises ReplyError."""
+        texts = (message["content"] for message in dialogue if message["role"] != "assistant")
+        if found := next(filter(None, map(control_tokens(tokenizer).search, texts)), None):
+            raise ReplyError(f"{found.group()} inside a text would be taken for a control token", "control")
         prompt = generation_prompt(dialogue, tokenizer, thinking)
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
         length, limit = inputs["input_ids"].shape[1], causal_lm.config.max_position_embeddings
         if length >= limit:
-            raise ReplyError(f"the dialogue has {length} tokens and the model takes {limit}")
+            raise ReplyError(f"the dialogue has {length} tokens and the model takes {limit}", "full")
         self.tokenizer, self.ends, self.prompt = tokenizer, end_tokens(causal_lm), prompt
         self.ids: list[int] = []
         self.prompt_is_past, self.stopping, self.arrived = False, threading.Event(), queue.SimpleQueue()
@@ -234,7 +243,7 @@ class ReplyStream(BaseStreamer):
         try:
             while (token := self.arrived.get()) is not None:
                 if isinstance(token, Exception):
-                    raise ReplyError(f"the model failed: {token}") from token
+                    raise ReplyError(f"the model failed: {token}", "failed") from token
                 self.ids.append(token)
                 self.seconds = time.perf_counter() - self.started
                 if token in self.ends:

@@ -12,7 +12,8 @@ from conftest import ANSWER, SYSTEM, THINK, good_row
 from data.encode import encode_rows
 from data.rows import Row
 from tools import augment, replay
-from tools.rewrites import problem
+
+NOT_THE_SAME = augment.Augment.not_the_same
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def endpoint():
 def quick(monkeypatch):
     """Failed requests are given up at once, and no model judges."""
     monkeypatch.setattr("tools.ask.RETRIES", 0)
-    monkeypatch.setattr(augment.Augment, "unlike", lambda self, *_: [])
+    for name in ("unlike", "not_the_same"):
+        monkeypatch.setattr(augment.Augment, name, lambda self, *_: [])
 
 
 def lines(path) -> list[dict]:
@@ -65,7 +67,10 @@ def reworded(asked: str) -> str:
     return f"请问{asked.split(chr(10))[-1]}急吗"
 
 
-def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, tool, quick, jsonl, tmp_path, best):
+def test_each_question_is_rewritten_and_what_means_another_is_dropped(
+    endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
+):
+    monkeypatch.setattr(augment.Augment, "not_the_same", NOT_THE_SAME)
     rows = [{"question": f"我头疼了{i}天，没有发烧，怎么办？", "answer": "休息。", "备注": i} for i in range(2, 22)]
     rows[3] |= {"rewrites": ["旧的"]}
     turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
@@ -77,6 +82,8 @@ def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, 
     }
 
     def reply(asked):
+        if "问的是同一件事吗" in asked:
+            return "否。" if "还有发烧" in asked else "是"
         question = asked.split("\n")[-1]
         return next((text for days, text in wrong.items() if f"了{days}" in question), f"已经头疼{question[4:]}谢谢")
 
@@ -87,10 +94,10 @@ def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, 
     )
     assert code == 0 and "16 rewrites of 21 questions; dropped in this launch: " in said, said
     for reason in (
-        "other numbers 1",
-        "other negations 1",
-        "too near 1",
-        "empty 1",
+        "other digits 1",
+        "another question 1",
+        "the same words 1",
+        "no question 1",
         "a dialogue of several questions 1",
     ):
         assert reason in said
@@ -100,7 +107,7 @@ def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, 
         {"messages": turns},
     ]
     assert [row.get("rewrites") for row in found[:5]] == [None] * 4 + [["已经头疼6天，没有发烧，怎么办？谢谢"]]
-    assert endpoint.seen[0]["model"] == "m" and len(endpoint.seen) == 20
+    assert endpoint.seen[0]["model"] == "m" and len(endpoint.seen) == 20 + 17
     code, said = tool(augment, path, "--model", best, "--out", out)
     assert code == f"tools.augment: {out} exists already; --resume goes on with it, --out names another file"
     assert lines(out) == found
@@ -262,6 +269,6 @@ def test_a_local_model_answers_for_itself(tool, tmp_path, best, tokenizer):
         "nothing could be used of the replies to the last" in code
         and "rewrites" not in (tmp_path / "none.jsonl").read_text()
     )
-    assert problem("第1个问题？", ANSWER) is not None
+    assert augment.problem("第1个问题？", ANSWER) is not None
     rows = [Row("", {}, lines(out)[0]["messages"])]
     assert encode_rows(rows, tokenizer, 512, "error")[0][0].num_think_targets > 2 and SYSTEM

@@ -131,14 +131,14 @@ def test_one_question(best, chat):
     assert (reply["think"], reply["answer"], reply["closed"], reply["stopped"]) == (THINK, ANSWER, True, True)
     assert reply["tokens"] > 10 and reply["seconds"] > 0
     status, out, err = chat(best, "--question", "第3个问题？", "--max-new-tokens", "4")
-    assert (status, out) == (1, "\n") and "cut off inside the thinking" in err
+    assert (status, out) == (1, "\n") and "思考没写完" in err
 
 
 def test_questions_on_a_pipe(best, chat):
     lines = "第1个问题？\n第2个问题？\n/nothink\n第3个问题？\n/clear\n/what\n"
     _, said, _ = chat(best, "--temperature", "0", stdin=lines)
-    assert said.count(ANSWER) == 3 and said.count(THINK) == 2 and said.count("tokens/s") == 3
-    assert "thinking is off" in said and "/system TEXT" in said
+    assert said.count(ANSWER) == 3 and said.count(THINK) == 2 and said.count("词元，") == 3
+    assert "已关闭思考" in said and "/system 文本" in said
 
 
 class Terminal:
@@ -174,14 +174,14 @@ class Terminal:
 
 def test_a_dialogue_in_a_terminal(best):
     terminal = Terminal(best, "--temperature", "0")
-    terminal.until("No medical advice")
+    terminal.until("不构成医疗建议")
     terminal.until("\n> ")
     terminal.type("第1个问题？\n")
-    reply = terminal.until("tokens/s")
+    reply = terminal.until("词元，")
     assert f"\x1b[2m{THINK[0]}" in reply and "──" in reply and reply.index("──") < reply.index(ANSWER[0])
     terminal.until("> ")
     terminal.type("第2个问题？\n")
-    terminal.until("tokens/s")
+    terminal.until("词元，")
     terminal.until("> ")
     terminal.type("/exit\n")
     assert terminal.process.wait(20) == 0
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(best, tmp_path):
     terminal.type("第1个问题？\n")
     terminal.until("──")
     os.killpg(terminal.process.pid, signal.SIGINT)
-    assert "Traceback" not in terminal.until("(ended by Ctrl+C)", 20)
+    assert "Traceback" not in terminal.until("中断）", 20)
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
@@ -260,7 +260,7 @@ def test_no_text_of_a_card_is_missing(language, best, tmp_path):
         "max_steps": 7,
         "lora_rank": 0,
     }
-    facts |= {"loss": 1.5, "think_loss": 1.0, "answer_loss": 2.0, "perplexity": 4.5}
+    facts |= {"loss": 1.5, "deciding_loss": 1.5, "think_loss": 1.0, "answer_loss": 2.0, "perplexity": 4.5}
     own = load_for_generation(best, torch.device("cpu"))[0].generation_config
     texts = card(facts, language, own)
     for prompt in ("", "规则：\n---\n先想再答。", "先想再答---"):

@@ -6,20 +6,22 @@ A model writes each question anew; thinking and answer stay. The file has all tr
 the column `rewrites`, and train.py takes one of them in each epoch, so that an epoch has as many rows as before. The
 validation rows are not read.
 
-A rewrite is dropped if it has other numbers, negations, names, persons or sides, or shares too many or too few
-characters (tools/rewrites.py); and if the row's answer loses, after the rewrite, more than half of what its own
-question saves it, compared with another row's question. The model that judges so is the one of --model, which also
-writes without --url.
+A rewrite is dropped if it is the question itself, has other digits, or is half as long again; if the model that writes,
+asked whether both ask the same, does not say yes; and if the row's answer loses, after the rewrite, more than half of
+what its own question saves it, compared with another row's question. The losses are those of --model, which also writes
+without --url. A small model is a poor judge: read what was kept.
 Paper: WRAP, Maini et al. 2024 (arXiv:2401.16380), on pretraining texts. Cost: no time and no memory in training.
 """
 
 import argparse
+import re
 from collections import Counter
 
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from data.encode import token_ids
+from data.leaks import question_key
 from data.rows import Row
 from loop.console import run_tool
 from model.qwen3 import load_tokenizer
@@ -35,10 +37,11 @@ from tools.ask import (
     say_how_to_train,
     to_bytes,
 )
-from tools.rewrites import LONGEST, is_chinese, problem
 from tools.rows import Contexts, load, losses_of
 
+DIGITS = re.compile(r"\d+(?:[.:/]\d+)*")
 TEMPERATURE = 1.0  # at Qwen3's 0.6 many rewrites are copies
+LONGEST = 1.5  # times the question
 LOST = 0.5  # of what a question tells about its answer; a rewrite that loses more asks for something else
 # A wording of the request for each rewrite of a question, again from the first if there are more.
 REQUESTS = {
@@ -53,6 +56,28 @@ REQUESTS = {
         "body, drug and negation. Do not answer it; write only the rewritten question.\n\n{}",
     ),
 }
+
+SAME = {
+    "zh": "下面两个问题问的是同一件事吗？病情、部位、时间、药物、人物有任何不同都算不同。只回答“是”或“否”。\n\n一：{}\n\n二：{}",
+    "en": "Do these two ask the same? Another symptom, time, drug, person or part of the body makes them differ. Answer "
+    "only yes or no.\n\n1: {}\n\n2: {}",
+}
+YES = re.compile(r"\W*(?:是(?!否|不)|yes\b)", re.IGNORECASE)
+
+
+def problem(question: str, rewrite: str) -> str | None:
+    """What can be seen of a rewrite without knowing a language."""
+    if not rewrite or "\n" in rewrite:
+        return "no question"
+    if question_key(rewrite) == question_key(question):
+        return "the same words"
+    if len(rewrite) > LONGEST * len(question) + 8:
+        return "too long"
+    return "other digits" if Counter(DIGITS.findall(rewrite)) != Counter(DIGITS.findall(question)) else None
+
+
+def language_of(text: str) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", text) else "en"
 
 
 class Augment:
@@ -87,15 +112,16 @@ class Augment:
             for n, reply in zip(asked, replies, strict=True):
                 text = reply.answer.strip()
                 found = problem(self.rows[n].asked[0], text) if reply.stopped else "not ended"
-                if found is None and any(problem(other, text) == "too near" for other in kept[n]):
-                    found = "too near to another"
+                if found is None and any(question_key(other) == question_key(text) for other in kept[n]):
+                    found = "the same words"
                 if found:
                     counts[n][found] += 1
                 else:
                     kept[n].append(text)
-        for n, text in self.unlike(asked, kept):
-            kept[n].remove(text)
-            counts[n]["another answer"] += 1
+        for judge, reason in ((self.not_the_same, "another question"), (self.unlike, "another answer")):
+            for n, text in judge(asked, kept):
+                kept[n].remove(text)
+                counts[n][reason] += 1
         return [
             (self.columns(n) | ({"rewrites": kept[n]} if kept[n] else {}), counts[n] + Counter(used=len(kept[n])))
             for n in numbers
@@ -106,8 +132,17 @@ class Augment:
 
     def request(self, n: int, turn: int) -> list[dict]:
         question = self.rows[n].asked[0]
-        requests = REQUESTS["zh" if is_chinese(question) else "en"]
+        requests = REQUESTS[language_of(question)]
         return [{"role": "user", "content": requests[turn % len(requests)].format(question)}]
+
+    def not_the_same(self, asked: list[int], kept: dict[int, list[str]]) -> list[tuple[int, str]]:
+        """The rewrites of which the model that writes does not say that they ask the same."""
+        pairs = [(n, text) for n in asked for text in kept[n]]
+        questions = [self.rows[n].asked[0] for n, _ in pairs]
+        texts = [SAME[language_of(q)].format(q, text) for q, (_, text) in zip(questions, pairs, strict=True)]
+        dialogues = [[{"role": "user", "content": text}] for text in texts]
+        replies = self.writer.ask(dialogues, 8, thinking=False, seed=0, temperature=1e-3) if pairs else []
+        return [pair for pair, reply in zip(pairs, replies, strict=True) if not YES.match(reply.answer)]
 
     def unlike(self, asked: list[int], kept: dict[int, list[str]]) -> list[tuple[int, str]]:
         """The rewrites after which the answer loses more than LOST of what its own question saves it, compared with

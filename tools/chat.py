@@ -9,22 +9,19 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
 from loop.checkpoint import fingerprints
-from loop.console import prepare_terminal
+from loop.console import prepare_terminal, visible
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
 from tools.record import name_of, run_of
 
-HELP = """\
-/clear         forget the dialogue
-/system TEXT   another system prompt, and a new dialogue; without TEXT none
-/nothink       answer without thinking; once more: think again
-/exit          or Ctrl+D. Ctrl+C ends a reply"""
+TEXTS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -48,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         inner = Path(args.model) / "best"
         raise SystemExit(f"tools.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
+    language = args.language or run_of(args.model).get("language", "zh")
     if args.web:
         from tools.web import Page, serve
 
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             Page(
                 model=name_of(args.model),
-                language=args.language or run_of(args.model).get("language", "zh"),
+                language=language,
                 system=system,
                 thinking=not args.nothink,
                 settings=settings,
@@ -67,20 +65,22 @@ def run(args: argparse.Namespace) -> None:
             ),
         )
     elif args.question is not None:
-        answer_one(causal_lm, tokenizer, system, not args.nothink, settings, args.question, args.json)
+        answer_one(causal_lm, tokenizer, system, not args.nothink, settings, args, TEXTS[language])
     else:
-        chat(causal_lm, tokenizer, system, not args.nothink, settings)
+        chat(causal_lm, tokenizer, system, not args.nothink, settings, TEXTS[language])
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.", epilog=HELP,
+    parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.", epilog=TEXTS["en"]["commands"],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
     parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")
     parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
     parser.add_argument("--web", action="store_true", help='a page on 127.0.0.1; needs pip install -e ".[web]"')
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--language", choices=("zh", "en"), help="of the page; default: that of the run")
+    parser.add_argument(
+        "--language", choices=("zh", "en"), help="of the page and the terminal; default: that of the run"
+    )
     parser.add_argument(
         "--feedback",
         type=Path,
@@ -131,35 +131,40 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, question: str, as_json: bool) -> None:
+def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, args, text: dict) -> None:
     """Exit status 1 where the reply has no answer."""
     try:
-        stream = ReplyStream(causal_lm, tokenizer, [*opening(system), user(question)], thinking, **settings)
-        if as_json or not sys.stdout.isatty():
+        stream = ReplyStream(causal_lm, tokenizer, [*opening(system), user(args.question)], thinking, **settings)
+        if args.json or not sys.stdout.isatty():
             for _ in stream:
                 pass
         else:
-            show(Console(), stream)
+            show(Console(), stream, text)
     except ReplyError as error:
         raise SystemExit(f"tools.chat: {error}") from None
     reply = stream.reply
-    if as_json:
-        line = {"question": question, **reply._asdict(), "tokens": len(stream.ids), "seconds": round(stream.seconds, 3)}
+    if args.json:
+        line = {
+            "question": args.question,
+            **reply._asdict(),
+            "tokens": len(stream.ids),
+            "seconds": round(stream.seconds, 3),
+        }
         print(json.dumps(line, ensure_ascii=False))
     elif not sys.stdout.isatty():
         print(reply.answer)
     if not reply.answer:
-        raise SystemExit(f"tools.chat: {shortcoming(stream) or 'the answer is empty'}")
+        raise SystemExit(f"tools.chat: {shortcoming(stream, text) or text['no_reply']}")
 
 
-def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> None:
+def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict, text: dict) -> None:
     """Reads questions until /exit or the end of the input. A reply without an answer is forgotten, as its question."""
     console = Console(highlight=False)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  (line editing and history in input)
 
-        console.print("No medical advice. /help lists the commands.", style="dim")
+        console.print(f"{text['no_advice']}{text['help']}", style="dim")
     messages = opening(system)
     while True:
         try:
@@ -177,46 +182,47 @@ def chat(causal_lm, tokenizer, system: str, thinking: bool, settings: dict) -> N
             messages = opening(system)
         elif command == "/nothink":
             thinking = not thinking
-            console.print("thinking is on" if thinking else "thinking is off", style="dim")
+            console.print(text["thinking_on"] if thinking else text["thinking_off"], style="dim")
         elif line.startswith("/"):
-            console.print(HELP, style="dim", markup=False)
+            console.print(text["commands"], style="dim", markup=False)
         elif line:
             try:
                 stream = ReplyStream(causal_lm, tokenizer, [*messages, user(line)], thinking, **settings)
-                show(console, stream)
+                show(console, stream, text)
             except ReplyError as error:
-                console.print(f"{error}; /clear begins a new dialogue", style="red", markup=False)
+                message = f"{text[error.kind]} ({error}); {text['new_dialogue']}"
+                console.print(message, style="red", markup=False)
                 continue
             except KeyboardInterrupt:
-                console.print("\n(ended by Ctrl+C)", style="dim")
+                console.print(f"\n{text['ended']}", style="dim")
                 continue
             if answer := stream.reply.answer:
                 # The template leaves earlier thinking out, so the answer is all that is kept.
                 messages += [user(line), {"role": "assistant", "content": answer}]
 
 
-def show(console: Console, stream: ReplyStream) -> None:
+def show(console: Console, stream: ReplyStream, text: dict) -> None:
     """Thinking dim, a rule, the answer, and a line of figures; as it comes."""
     part = None
-    for now, text in stream:
+    for now, piece in stream:
         if now != part and part is not None:
             console.print()
             console.rule(style="dim")
         part = now
-        console.print(text, end="", style="dim" if part == "think" else None, markup=False, soft_wrap=True)
+        style = "dim" if part == "think" else None
+        console.print(visible(piece), end="", style=style, markup=False, emoji=False, soft_wrap=True)
     tokens = len(stream.ids)
-    console.print(f"\n\n{tokens} tokens, {stream.seconds:.1f} s, {tokens / max(stream.seconds, 1e-9):.1f} tokens/s",
-                  style="dim")  # fmt: skip
-    if problem := shortcoming(stream):
+    figures = text["figures"].format(tokens, stream.seconds, tokens / max(stream.seconds, 1e-9))
+    console.print(f"\n\n{figures}", style="dim")
+    if problem := shortcoming(stream, text):
         console.print(problem, style="yellow")
 
 
-def shortcoming(stream: ReplyStream) -> str | None:
+def shortcoming(stream: ReplyStream, text: dict) -> str | None:
     reply = stream.reply
-    if reply.stopped:
-        return None
-    where = "the answer" if reply.answer else "the thinking, so there is no answer"
-    return f"cut off inside {where}; --max-new-tokens allows more"
+    if not reply.stopped:
+        return text["cut_answer"] if reply.answer else text["cut_thinking"]
+    return None if reply.answer else text["no_answer"] if reply.think else text["no_reply"]
 
 
 def opening(system: str) -> list[dict]:

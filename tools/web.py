@@ -1,6 +1,8 @@
 """The chat as a page in the browser, over the generator of the terminal: python -m tools.chat RUN_DIR/best --web"""
 
+import html
 import os
+import re
 import threading
 import time
 import uuid
@@ -8,13 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from data.errors import UserError, cannot_import
 from data.feedback import append_feedback
 from model.generate import ReplyError, ReplyStream, sampling_keywords
+from tools.chat import TEXTS
 
-TEXTS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
 CSS = """
 footer { display: none !important }
 #warning p { margin: 0; padding: 6px 10px; border-radius: 6px; background: #fff4d6; color: #5c4400 }
@@ -107,6 +107,34 @@ def serve(causal_lm, tokenizer, page: Page) -> None:
         blocks.close(verbose=False)
 
 
+def plain_chatbot(gradio, **more):
+    """A Chatbot that shows each text as it is. Markdown would take 3~5 for struck through and 2*3 for emphasis, and
+    without Markdown the browser still takes `a <b and c>` for HTML: so it is sent escaped, and read back unescaped.
+    Without a button to copy, which would copy what the browser was sent."""
+    chatbot = gradio.Chatbot(show_label=False, buttons=[], render_markdown=False, render=False, **more)
+    to_browser, from_browser = chatbot.postprocess, chatbot.preprocess
+    chatbot.postprocess = lambda value: to_browser([each_text(message, escaped) for message in value or ()])
+    chatbot.preprocess = lambda payload: [each_text(message, html.unescape) for message in from_browser(payload) or ()]
+    return chatbot
+
+
+def escaped(text: str) -> str:
+    """As HTML; tabs, and blanks at the beginning of a line, too, which gradio takes out of every text."""
+    blanks = re.compile("^ +|\t", re.MULTILINE)
+    return blanks.sub(lambda m: "".join(f"&#{ord(c)};" for c in m.group()), html.escape(text, quote=False))
+
+
+def each_text(message, change):
+    """A copy of a message, as a dictionary or gradio's own, with its texts changed."""
+    message = message if isinstance(message, dict) else {"role": message.role, "content": message.content,
+                                                         "metadata": message.metadata}  # fmt: skip
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": change(content)}
+    return {**message, "content": [{**block, "text": change(block["text"])} if "text" in block else block
+                                   for block in content]}  # fmt: skip
+
+
 def build(gradio, causal_lm, tokenizer, page: Page):
     text, replies = TEXTS[page.language], Replies(page)
     own = getattr(causal_lm.generation_config, "temperature", None) or 1.0
@@ -121,23 +149,22 @@ def build(gradio, causal_lm, tokenizer, page: Page):
 
     with gradio.Blocks(title=f"{text['title']} · {page.model}", analytics_enabled=False) as blocks:
         kept = text["kept"].format(page.feedback.name) if page.feedback else ""
-        gradio.Markdown(f"### {text['title']} · {page.model}")
-        gradio.Markdown(f"{text['no_advice']}{kept}", elem_id="warning")
-        chatbot = gradio.Chatbot(
-            show_label=False, height="58vh", buttons=["copy", "copy_all"], placeholder=text["title"], render=False
+        gradio.HTML(f"<h3>{html.escape(text['title'] + ' · ' + page.model)}</h3>")
+        gradio.HTML(f"<p>{html.escape(text['no_advice'] + kept)}</p>", elem_id="warning")
+        chatbot = plain_chatbot(gradio, height="58vh", placeholder=text["title"])
+        question = gradio.Textbox(
+            placeholder=text["ask"],
+            show_label=False,
+            container=False,
+            autofocus=True,
+            submit_btn=text["send"],
+            stop_btn=text["stop"],
+            render=False,
         )
         gradio.ChatInterface(
             reply,
             chatbot=chatbot,
-            textbox=gradio.Textbox(
-                placeholder=text["ask"],
-                show_label=False,
-                container=False,
-                autofocus=True,
-                submit_btn=text["send"],
-                stop_btn=text["stop"],
-                render=False,
-            ),
+            textbox=question,
             additional_inputs=[
                 gradio.Checkbox(page.thinking, label=text["think"], render=False),
                 gradio.Slider(0, 2, temperature, step=0.05, label=text["temperature"], render=False),
@@ -150,7 +177,7 @@ def build(gradio, causal_lm, tokenizer, page: Page):
             api_visibility="private",
         )
         if page.feedback:
-            add_feedback(gradio, chatbot, replies, text)
+            add_feedback(gradio, chatbot, question, Panel(replies), text)
     return blocks
 
 
@@ -166,63 +193,100 @@ def stream_reply(gradio, causal_lm, tokenizer, replies: Replies, name: str, text
                 seconds = time.perf_counter() - started
             yield bubbles(gradio, name, known, seconds, text, done=part == "answer")
     except ReplyError as error:
-        raise gradio.Error(f"{text['full']} ({error})", title=text["error"]) from None
+        raise gradio.Error(
+            html.escape(f"{text[error.kind]} ({error})"), title=text["error"], print_exception=False
+        ) from None
+    yield bubbles(gradio, name, known, seconds, text, done=True)  # the thinking may have ended without its mark
     if not stream.reply.stopped:
-        yield bubbles(gradio, name, known, seconds, text, done=True)
         gradio.Warning(text["cut"], title=text["info"])
-    if not known["think"] and not known["answer"]:
-        raise gradio.Error(text["no_reply"], title=text["error"])
+    elif not known["answer"]:
+        gradio.Warning(text["no_answer"] if known["think"] else text["no_reply"], title=text["info"])
 
 
-def add_feedback(gradio, chatbot, replies: Replies, text: dict) -> None:
-    """Thumbs beside each reply, and a panel to correct the one that was rated, or else the last one."""
+class Panel:
+    """The panel of corrections: it holds the id of one reply, its question, answer and thinking, and a reason. What is
+    saved is always said of the reply whose question the panel shows."""
+
+    EMPTY = (None, "", "", "", "")
+
+    def __init__(self, replies: Replies):
+        self.replies = replies
+
+    def fill(self, name: str | None) -> tuple:
+        reply = self.replies.find(name)
+        return (name, reply["messages"][-1]["content"], reply["answer"], reply["think"], "") if reply else self.EMPTY
+
+    def rate(self, history: list[dict], index: int, liked) -> tuple[tuple, str]:
+        """(what the panel holds, verdict). Raises LookupError if the bubble is of no reply."""
+        name = id_from(history, index)
+        if self.replies.find(name) is None:
+            raise LookupError
+        verdict = {True: "like", False: "dislike"}.get(liked, "withdrawn")  # taking a thumb back sends an empty text
+        self.replies.rate(name, verdict)
+        return self.fill(name), verdict
+
+    def open(self, history: list[dict], name: str | None) -> tuple | None:
+        """The last reply of the dialogue; None if the panel holds one already, which may be in the writing."""
+        names = [id_from(history, index) for index in range(len(history))]
+        if name in names and self.replies.find(name):
+            return None
+        return self.fill(next((name for name in reversed(names) if self.replies.find(name)), None))
+
+    def correct(self, history: list[dict], name: str | None, answer: str, thought: str, reason: str) -> tuple:
+        """Raises LookupError if the reply is not in the dialogue any more, ValueError if the answer is empty."""
+        if self.replies.find(name) is None or name not in [id_from(history, index) for index in range(len(history))]:
+            raise LookupError
+        if not answer.strip():
+            raise ValueError
+        correction = {"content": answer.strip()} | ({"reasoning_content": thought.strip()} if thought.strip() else {})
+        self.replies.rate(name, "edit", reason, correction)
+        return self.EMPTY
+
+
+def add_feedback(gradio, chatbot, question, panel: Panel, text: dict) -> None:
+    """Thumbs beside each reply, and a panel to correct the one that was rated, or else the last one. A new question, a
+    repeated one, one taken back and a cleared dialogue empty and close it."""
     chosen = gradio.State(None)
-    with gradio.Accordion(text["feedback"], open=False) as panel:
+    with gradio.Accordion(text["feedback"], open=False) as box:
+        asked = gradio.Textbox(label=text["correcting"], interactive=False, max_lines=4)
         answer = gradio.Textbox(label=text["answer"], lines=4, max_lines=12)
         thought = gradio.Textbox(label=text["thought_kept"], lines=2, max_lines=8)
         reason = gradio.Textbox(label=text["reason"])
         save = gradio.Button(text["save"], variant="primary")
+    fields = [chosen, asked, answer, thought, reason]
 
-    def fill(name: str | None) -> tuple:
-        reply = replies.find(name) or {"answer": "", "think": ""}
-        return name, reply["answer"], reply["think"]
+    def told(act):
+        """What act() returns, or its error as a message."""
+        try:
+            done = act()
+        except LookupError:
+            raise gradio.Error(text["unknown"], title=text["error"], print_exception=False) from None
+        except ValueError:
+            raise gradio.Error(text["empty"], title=text["error"], print_exception=False) from None
+        except (OSError, UserError) as error:
+            raise gradio.Error(html.escape(str(error)), title=text["error"], print_exception=False) from None
+        gradio.Info(text["saved"], title=text["info"])
+        return done
 
     def rated(history: list[dict], event: gradio.LikeData):
-        name = id_from(history, event.index)
-        if replies.find(name) is None:
-            raise gradio.Error(text["unknown"], title=text["error"])
-        # Taking a thumb back sends an empty text.
-        verdict = {True: "like", False: "dislike"}.get(event.liked, "withdrawn")
-        write(gradio, lambda: replies.rate(name, verdict), text)
-        return (*fill(name), gradio.Accordion(open=verdict == "dislike"))
+        held, verdict = told(lambda: panel.rate(history, event.index, event.liked))
+        return (*held, gradio.Accordion(open=verdict == "dislike"))
 
-    def last(history: list[dict], name: str | None) -> tuple:
-        if replies.find(name):  # opened by a thumb, or again: what is being written stays
-            return tuple(gradio.skip() for _ in range(3))
-        names = [id_from(history, index) for index in range(len(history))]
-        return fill(next((name for name in reversed(names) if replies.find(name)), None))
+    def opened(history: list[dict], name: str | None):
+        return panel.open(history, name) or tuple(gradio.skip() for _ in fields)
 
-    def corrected(name: str | None, answer: str, thought: str, reason: str) -> tuple:
-        if replies.find(name) is None:
-            raise gradio.Error(text["unknown"], title=text["error"])
-        if not answer.strip():
-            raise gradio.Error(text["empty"], title=text["error"])
-        correction = {"content": answer.strip()} | ({"reasoning_content": thought.strip()} if thought.strip() else {})
-        write(gradio, lambda: replies.rate(name, "edit", reason, correction), text)
-        return (*fill(None), "", gradio.Accordion(open=False))
+    def corrected(history: list[dict], name: str | None, answer: str, thought: str, reason: str):
+        return (*told(lambda: panel.correct(history, name, answer, thought, reason)), gradio.Accordion(open=False))
+
+    def emptied():
+        return (*panel.EMPTY, gradio.Accordion(open=False))
 
     private = {"api_visibility": "private", "show_progress": "hidden"}
-    chatbot.like(rated, chatbot, [chosen, answer, thought, panel], **private)
-    panel.expand(last, [chatbot, chosen], [chosen, answer, thought], **private)
-    save.click(corrected, [chosen, answer, thought, reason], [chosen, answer, thought, reason, panel], **private)
-
-
-def write(gradio, rate, text: dict) -> None:
-    try:
-        rate()
-    except (OSError, UserError) as error:
-        raise gradio.Error(str(error), title=text["error"]) from None
-    gradio.Info(text["saved"], title=text["info"])
+    chatbot.like(rated, chatbot, [*fields, box], **private)
+    box.expand(opened, [chatbot, chosen], fields, **private)
+    save.click(corrected, [chatbot, chosen, answer, thought, reason], [*fields, box], **private)
+    for event in (question.submit, chatbot.clear, chatbot.undo, chatbot.retry, chatbot.edit, chatbot.example_select):
+        event(emptied, None, [*fields, box], **private)
 
 
 def id_from(history: list[dict], index: int) -> str | None:
