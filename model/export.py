@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.source import public_name
+from loop.console import visible
 from loop.files import write_json
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
@@ -26,6 +28,25 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+
+
+def plain(text: str) -> str:
+    """A line of Markdown that shows a text character by character."""
+    text = re.sub(r"([\\`*_~<>&\[\]|$^=#!{}])", r"\\\1", visible(str(text)))
+    text = re.sub(r"^(\s*\d*)([-+.)])", r"\1\\\2", text)  # of a list
+    return re.sub(r"^ +", lambda blanks: "&#32;" * len(blanks.group()), text)
+
+
+def code(text: str) -> str:
+    """The same in the type of code, also inside of a table."""
+    text = " ".join(visible(str(text)).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    blank = " " if "`" in text else ""
+    return f"{ticks}{blank}{text}{blank}{ticks}".replace("|", "\\|")
+
+
+TEMPLATES.filters["cell"] = lambda text: plain(" ".join(str(text).split()))  # of a table
+TEMPLATES.filters["code"] = code
 
 
 def export(

@@ -53,7 +53,7 @@ class Canvas:
         is_chinese = language == "zh" and self.font is not None
         self.labels = yaml.safe_load(LABELS.read_text(encoding="utf-8")) if is_chinese else {}
         plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120})
-        plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+        plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False})
         plt.rcParams["font.family"] = ["DejaVu Sans", *([self.font] if self.font else [])]
 
     def say(self, text: str, *values) -> str:

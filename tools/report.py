@@ -18,6 +18,8 @@ from loop.config import TrainConfig
 from loop.console import run_tool
 from loop.files import write_text
 from loop.step_file import DEFAULT as STEP_FILE
+from model.export import TEMPLATES as CARDS
+from model.export import plain
 from tools.plots import draw, draw_runs
 from tools.record import NOISE, Record, collapse, name_of, read_record
 
@@ -31,9 +33,10 @@ NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 
 
 def quote(text: str) -> str:
-    """Text of a model as a Markdown quotation that cannot break the page around it."""
-    text = collapse(text or "-").replace("&", "&amp;").replace("<", "&lt;")
-    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+    """Text of a model as a Markdown quotation that shows each of its characters."""
+    lines = [plain(line.rstrip()) for line in collapse(text or "-").splitlines()]
+    return "\n".join(f"> {line}\\" if line and after else f"> {line}".rstrip()
+                     for line, after in zip(lines, [*lines[1:], ""], strict=True))  # fmt: skip
 
 
 def duration(seconds: float | None) -> str:
@@ -56,7 +59,7 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters["quote"] = quote
 TEMPLATES.filters["duration"] = duration
-TEMPLATES.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")  # of a table
+TEMPLATES.filters |= {"cell": CARDS.filters["cell"], "code": CARDS.filters["code"]}
 # A run from before these were measured has none.
 TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if is_number(share) else "-"
 TEMPLATES.filters["loss"] = lambda loss: f"{loss:.4f}" if is_number(loss) else "-"
