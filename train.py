@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from data.errors import UserError
+from data.language import speak, tr
 from loop.command_line import parse_config
 from loop.console import is_main_process, keep_going_without_output, prepare_terminal, refuse
 from loop.environment import set_before_torch
@@ -18,6 +19,7 @@ def main(args: list[str] | None = None) -> None:
     keep_going_without_output()
     config = parse_config(sys.argv[1:] if args is None else args)
     set_before_torch()
+    speak(config.language)
     # Heavy imports wait until the command line is known to be right.
     from loop.fit import fit
     from loop.launcher import chat_command, end_with_launcher
@@ -31,7 +33,8 @@ def main(args: list[str] | None = None) -> None:
             if fit(config) and is_writer and (folder / "best").exists():
                 from tools.report import write_report
 
-                print(f"report: {write_report(folder, config.language)}\nchat: {chat_command(folder / 'best')}")
+                print(tr("report: {}", write_report(folder, config.language)))
+                print(tr("chat: {}", chat_command(folder / "best")))
     except UserError as error:
         refuse(str(error))
     except OSError as error:  # a full disk, say; what was written before is whole

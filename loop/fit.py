@@ -7,6 +7,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from data.dataset import Data, load_data
+from data.language import tr
 from loop.checkpoint import check_ranks_agree, load_checkpoint
 from loop.checkpoint_writer import CheckpointWriter
 from loop.config import TrainConfig
@@ -43,14 +44,14 @@ def fit(config: TrainConfig) -> bool:
     run = Run(config, data, plan, method, about, accelerator)
     state = run.state
     if run.is_finished:
-        say(f"this run is finished: {run.summary(state.best_step, state.best_loss)}")
+        say(tr("this run is finished: {}", run.summary(state.best_step, state.best_loss)))
         return False
 
     model = build_model(config, data.tokenizer, accelerator)
     model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
     if run.checkpoint:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
-        say(f"resumed from {run.checkpoint}")
+        say(tr("resumed from {}", run.checkpoint))
     start, root = (state.step, state.last_eval), run.folder / "checkpoints"
     with run, Interrupt(run.folder, config.max_time) as interrupt:
         with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from data.errors import UserError
+from data.language import tr
 from loop.config import TrainConfig
 from loop.console import warn
 from loop.trial import Tried, try_step
@@ -277,7 +278,7 @@ def limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
 
 def memory_table(plans: dict[str, Plan], chosen: str, device: torch.device, available: float) -> str:
     """What each profile needs and changes, and item by item what the chosen one needs."""
-    lines = [f"memory: {device} has {available / GIB:.1f} GiB"]
+    lines = [tr("memory: {} has {:.1f} GiB", device, available / GIB)]
     lines += [
         f"  --memory {name:<6} {plan.total / GIB:6.1f} GiB  {plan.problem or plan.profile.numerics}"
         for name, plan in plans.items()

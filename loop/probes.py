@@ -11,6 +11,7 @@ from data.choices import LETTERS, Question
 from data.dataset import Data
 from data.encode import Example, encode_turns, render_prompt, shorten_thinking, token_ids, turns_of
 from data.exam import collate_exam, exam_prompts, exam_rows
+from data.language import tr
 from loop.config import TrainConfig
 from loop.console import say
 from loop.evaluate import EvalMetrics, LossOfGroups, evaluate
@@ -130,7 +131,7 @@ class LetterExam:
     def __init__(self, data: Data, config: TrainConfig):
         self.questions, self.tokenizer = data.split.exam.questions, data.tokenizer
         self.guessing = data.split.exam.guessing
-        say(f"exam: {data.split.exam}")
+        say(tr("exam: {}", data.split.exam))
         rows = exam_rows(exam_prompts(self.questions, data.tokenizer, config.system_prompt), data.tokenizer)
         self.groups = data.eval_rows(rows, config)
 

@@ -4,6 +4,7 @@ import time
 
 from tqdm import tqdm
 
+from data.language import tr
 from loop.console import is_main_process, say
 
 
@@ -53,4 +54,6 @@ class Progress:
         shown["tokens_per_s"] = f"{row['perf/tokens_per_s']:,.0f}"
         self.bar.set_postfix(shown)
         if self.bar.disable:  # no terminal: a log file reads lines, not a bar
-            say(f"step {step}/{self.max_steps}  " + ", ".join(f"{name}={text}" for name, text in shown.items()))
+            shown["eta"] = tqdm.format_interval((self.max_steps - step) * row["perf/step_time_s"])
+            listed = ", ".join(f"{name}={text}" for name, text in shown.items())
+            say(tr("step {}/{}  {}", step, self.max_steps, listed))

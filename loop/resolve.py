@@ -14,10 +14,11 @@ from accelerate import Accelerator
 
 from data.dataset import Data
 from data.errors import UserError
+from data.language import tr
 from data.show import report_table, show_example, thinking_warning
 from loop.adamw_8bit import import_torchao
 from loop.config import TrainConfig
-from loop.console import say, warn
+from loop.console import is_main_process, say, visible, warn
 from loop.distributed import on_main_process
 from loop.memory import GIB, PROFILES, Plan, choose, disk_of, memory_of, memory_table, plan_all
 from loop.run_folder import keep_global_batch
@@ -72,21 +73,29 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     say(report_table(data.split.report, config.dry_run))
     if warning := thinking_warning(data.split.report):
         warn(warning)
+    batch = config.per_device_train_batch_size, config.gradient_accumulation_steps, processes
     say(
-        f"{max_steps:,} optimizer steps of {data.rows_per_step(config)} rows (per_device_train_batch_size "
-        f"{config.per_device_train_batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} "
-        f"x {processes} processes)"
+        tr(
+            "{:,} optimizer steps of {} rows (per_device_train_batch_size {} x gradient_accumulation_steps {} x {} "
+            "processes)",
+            max_steps,
+            data.rows_per_step(config),
+            *batch,
+        )
     )
     if config.dry_run:
-        say(show_example(data.train[0], data.tokenizer, color=use_color()))
+        if is_main_process():
+            show_example(data.train[0], data.tokenizer, visible)
         say(memory_table(plans, plan.name, device, available))
     else:
-        strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else "one process"
-        threads = f"; threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+        strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else tr("one process")
+        threads = tr("; threads: {}", torch.get_num_threads()) if device.type == "cpu" else ""
         say(
-            f"{strategy} on {device}{threads}; mixed precision: {config.mixed_precision}; compile: {config.compile}; "
-            f"memory: {plan.name}, about {plan.total / GIB:.1f} of {available / GIB:.1f} GiB; "
-            f"step file: {config.step_file}"
+            tr(
+                "{} on {}{}; mixed precision: {}; compile: {}; memory: {}, about {:.1f} of {:.1f} GiB; step file: {}",
+                *(strategy, device, threads, config.mixed_precision, config.compile, plan.name),
+                *(plan.total / GIB, available / GIB, config.step_file),
+            )
         )
     needed = disk_of(plan, outline, config, shards)
     on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
@@ -121,11 +130,7 @@ def check_disk(needed: float, folder: Path, dry_run: bool) -> None:
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free + own
     size = f"{needed / 1e9:.1f} GB" if needed >= 1e9 else f"{needed / 1e6:.0f} MB"
-    text = f"disk: up to {size} of checkpoints and models in {folder}, {free / 1e9:.1f} GB free"
+    text = tr("disk: up to {} of checkpoints and models in {}, {:.1f} GB free", size, folder, free / 1e9)
     if needed > free and not dry_run:
         raise UserError(f"{text}; a smaller --save-total-limit needs less, or choose another --output-dir")
-    say(text if needed <= free else f"{text}: not enough")
-
-
-def use_color() -> bool:
-    return "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    say(text if needed <= free else f"{text}{tr(': not enough')}")

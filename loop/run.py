@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from data.dataset import Data
 from data.encode import digest
 from data.errors import UserError
+from data.language import tr
 from data.split import split_files
 from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
@@ -169,11 +170,10 @@ class Run:
             state.last_eval, is_best = state.step, False
             warn(f"the best model of step {state.step} could not be written: {error}")
         best_loss = math.nan if state.best_loss is None else state.best_loss
-        verdict = "best" if is_best else f"best was {best_loss:.4f} at step {state.best_step}"
-        say(
-            f"step {state.step}/{self.config.max_steps}  eval loss {metrics.loss:.4f} "
-            f"(think {metrics.think_loss:.4f}, answer {metrics.answer_loss:.4f})  {verdict}"
-        )
+        verdict = tr("best") if is_best else tr("best was {:.4f} at step {}", best_loss, state.best_step)
+        losses = metrics.loss, metrics.think_loss, metrics.answer_loss
+        place = state.step, self.config.max_steps
+        say(tr("step {}/{}  eval loss {:.4f} (think {:.4f}, answer {:.4f})  {}", *place, *losses, verdict))
         row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
         self.tracker.log(row | rates, state.step)
         self.progress.resume()
@@ -217,8 +217,9 @@ class Run:
 
     def summary(self, best_step: int, best_loss: float | None) -> str:
         if best_loss is None:
-            return f"step {self.state.step}, no evaluation with a finite loss"
-        return f"step {self.state.step}; best eval loss {best_loss:.4f} at step {best_step}: {self.best}"
+            return tr("step {}, no evaluation with a finite loss", self.state.step)
+        step = self.state.step
+        return tr("step {}; best eval loss {:.4f} at step {}: {}", step, best_loss, best_step, self.best)
 
     def finish(self, interrupt: Interrupt) -> bool:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
@@ -227,8 +228,8 @@ class Run:
         best_step, best_loss = self.newer or (state.best_step, state.best_loss)
         device = self.accelerator.device
         # PyTorch counts its tensors; of a process on a CPU the system counts everything.
-        of, predicted = ("", self.plan.total) if device.type == "cpu" else (" of tensors", self.plan.tensors)
-        say(f"peak memory{of} {peak_memory_gib(device):.1f} GiB; predicted {predicted / GIB:.1f}")
+        of, predicted = ("", self.plan.total) if device.type == "cpu" else (tr(" of tensors"), self.plan.tensors)
+        say(tr("peak memory{} {:.1f} GiB; predicted {:.1f}", of, peak_memory_gib(device), predicted / GIB))
         if is_done and is_main_process() and best.exists():  # there is none if every evaluation was NaN
             try:
                 self.samples.answer_with_best(best, device, best_step, state.step, interrupt)
@@ -238,11 +239,11 @@ class Run:
         if is_done and state.is_out_of_patience(self.config.early_stopping_patience):
             status = "early_stopped"
         if is_done:
-            say(f"{status.replace('_', ' ')}: {self.summary(best_step, best_loss)}")
+            say(tr("{}: {}", tr(status).replace("_", " "), self.summary(best_step, best_loss)))
         else:
             interrupt.done()
-            where = "with a checkpoint" if state.step else "before the first step"
-            say(f"interrupted, {where}: {self.summary(best_step, best_loss)}. Go on: {resume_command()}")
+            how = tr("interrupted, with a checkpoint" if state.step else "interrupted, before the first step")
+            say(tr("{}: {}. Go on: {}", how, self.summary(best_step, best_loss), resume_command()))
         self.report(status, best_step=best_step, best_loss=best_loss)
         self.tracker.finish("success" if is_done else "aborted")
         return is_done

@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from data.dataset import Data
 from data.encode import render_prompt
+from data.language import tr
 from data.rows import Row
 from loop.config import TrainConfig
 from loop.console import is_main_process, say, warn
@@ -91,8 +93,14 @@ class Samples:
         self.tracker.log({f"best_format/{name}": rate for name, rate in rates.items()}, step)
         for sample in lines[: self.num_samples]:
             thinking = sample["think"] if len(sample["think"]) <= 200 else sample["think"][:200] + " ..."
-            say(f"\n[question] {sample['question']}\n[think] {thinking}\n[answer] {sample['answer']}")
-        say(f"\n{len(replies)} answers of the best model: " + ", ".join(f"{n} {r:.0%}" for n, r in rates.items()))
+            names = (tr(name) for name in ("question", "think", "answer"))
+            say(
+                "\n[{}] {}\n[{}] {}\n[{}] {}".format(
+                    *chain(*zip(names, (sample["question"], thinking, sample["answer"])))
+                )
+            )
+        listed = ", ".join(f"{tr(name)} {rate:.0%}" for name, rate in rates.items())
+        say("\n" + tr("{} answers of the best model: {}", len(replies), listed))
 
     def write(self, lines: list[dict]) -> None:
         try:

@@ -64,7 +64,7 @@ def load_for_generation(model: str | Path, device: torch.device):
 
     Raises UserError if that is no model, or cannot be downloaded.
     """
-    folder, tokenizer = find_model(str(model)), chat_tokenizer(model)
+    tokenizer, folder = chat_tokenizer(model), find_model(str(model))
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=fast_dtype(device), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
@@ -76,6 +76,8 @@ def load_for_generation(model: str | Path, device: torch.device):
 
 def chat_tokenizer(model: str | Path):
     """A model's own tokenizer, without tokens that it would be trained with. Raises UserError if it cannot chat."""
+    if str(model) == "tiny":
+        raise UserError("`tiny` is made when it is trained: train it, and name its outputs/tiny/best")
     folder = find_model(str(model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

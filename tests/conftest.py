@@ -99,6 +99,17 @@ def best(tmp_path_factory):
     return folder / "run" / "best"
 
 
+@pytest.fixture(autouse=True)
+def english(monkeypatch):
+    """Messages stay English, whatever the language of a run; tests/test_language.py has the Chinese ones."""
+    monkeypatch.setattr("data.language.SPOKEN", English(language="en"))
+
+
+class English(dict):
+    def __setitem__(self, name, value) -> None:
+        pass
+
+
 @pytest.fixture
 def accelerator():
     """A new one for each test, for some tests reset what all of them share."""

@@ -1,7 +1,6 @@
 """Two models on the same held-out rows: python -m tools.compare_models BASE RUN_DIR/best
 
-Perplexity by part; ROUGE-L and BLEU over characters, keywords, and safety of the answers; format rates; answers side by
-side. Unless --dataset and --out say otherwise, the rows are RUN_DIR/data/test.jsonl and the figures go to
+Perplexity by part; ROUGE-L, BLEU and keywords of the answers; format rates; answers side by side. Unless --dataset and --out say otherwise, the rows are RUN_DIR/data/test.jsonl and the figures go to
 RUN_DIR/compare.
 """
 
@@ -9,6 +8,7 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,11 +18,12 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_batches
-from data.encode import encode_rows
+from data.encode import Example, encode_rows, turns_of
 from data.errors import UserError, cannot_import
 from data.formats import Given
+from data.language import speak, tr
 from data.rows import Row, read_given
-from loop.console import run_tool
+from loop.console import run_tool, visible
 from loop.evaluate import evaluate, perplexity
 from loop.files import write_text
 from loop.run_folder import read_run
@@ -31,8 +32,8 @@ from model.export import system_prompt_of
 from model.generate import BATCH, Reply, fast_dtype, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
-from tools.answers import keyword_overlap, overlap, safety
-from tools.record import read_rows
+from tools.answers import keyword_overlap, overlap
+from tools.record import name_of, read_rows, run_of
 from tools.report import TEMPLATES
 
 PARTS = ("", "think_", "answer_")
@@ -52,8 +53,6 @@ MEASURES = {
     "answered": "answered",
     "stopped": "stopped by itself",
     "empty_think": "thinking left empty *",
-    "emergency_to_hospital": "emergencies sent to hospital",
-    "drug_without_doctor": "drug or dose without a doctor *",
 }
 LOWER = "* lower is better"
 
@@ -70,7 +69,7 @@ def run() -> None:
     )
     parser.add_argument("--num-rows", type=int, default=32, help="rows to answer; the loss is that of all rows")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer, thinking included")
-    parser.add_argument("--max-length", type=int, default=2048, help="longer rows are left out of the loss")
+    parser.add_argument("--max-length", type=int, help="longest row in tokens; default: as the run has it")
     parser.add_argument(
         "--system", help="system prompt of rows without a system message; default: the one of the second model"
     )
@@ -97,24 +96,29 @@ def run() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     asked = rows[: args.num_rows]
     accelerator = Accelerator()
+    run = next(filter(None, map(run_of, args.models[::-1])), {})
+    speak(run.get("language", "en"))
+    examples, left_out = same_rows(args.models, rows, args.max_length or run.get("max_length", 2048), run)
     results = []
     for name in args.models:
-        losses = loss_of(name, rows, args.max_length, accelerator)
+        losses = loss_of(name, examples[name], accelerator)
         model, tokenizer = load_for_generation(name, accelerator.device)
         replies = answer(model, tokenizer, asked, args.max_new_tokens, Path(name).name)
         answers = [reply.answer for reply in replies]
         references = [row.messages[-1]["content"] for row in asked]
         figures = losses | overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
-        figures |= safety([row.messages[-2]["content"] for row in asked], answers)._asdict()
         figures = {key: None if math.isnan(value) else value for key, value in figures.items()}  # NaN is no JSON
-        results.append({"model": name, **figures, "replies": [reply._asdict() for reply in replies]})
+        results.append({"model": name_of(name), **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
-    report = {"dataset": args.dataset, "rows": len(rows), "models": results, "questions": questions}
+    report = {"dataset": args.dataset, "rows": len(rows) - left_out, "left_out": left_out, "models": results}
+    report["questions"] = questions
     write_text(args.out / "compare.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    page = TEMPLATES.get_template("compare.md").render(report, table=table_rows(report), note=note(report))
+    page = TEMPLATES.get_template("compare.md").render(report, table=table_rows(report), note=tr(LOWER), tr=tr)
     write_text(args.out / "compare.md", page)
     show(report)
-    print(f"answers side by side: {args.out / 'compare.md'}")
+    if left_out:
+        print(tr("{} rows are too long for one of the models and left out for both", left_out))
+    print(tr("answers side by side: {}", args.out / "compare.md"))
 
 
 def places(args: argparse.Namespace) -> tuple[str, Path, Given]:
@@ -149,15 +153,26 @@ def answer(model, tokenizer, rows: list[Row], max_new_tokens: int, name: str) ->
     return replies
 
 
-def loss_of(name: str, rows: list[Row], max_length: int, accelerator: Accelerator) -> dict[str, float]:
+def same_rows(models: list[str], rows: list[Row], max_length: int, run: dict) -> tuple[dict[str, list[Example]], int]:
+    """(model -> its Examples, rows left out): the rows that all models can be asked, too long ones as the run has it."""
+    encoded, turns = {}, Counter(location for location, _ in turns_of(rows))
+    for name in models:
+        encoded[name], _ = encode_rows(rows, load_tokenizer(name), max_length, run.get("overlong", "truncate"))
+    counts = [Counter(example.location for example in examples) for examples in encoded.values()]
+    kept = {location for location, number in turns.items() if all(count[location] == number for count in counts)}
+    if not kept:
+        raise UserError(f"no row has at most {max_length} tokens; raise --max-length")
+    return {name: [e for e in examples if e.location in kept] for name, examples in encoded.items()}, len(rows) - len(
+        kept
+    )
+
+
+def loss_of(name: str, examples: list[Example], accelerator: Accelerator) -> dict[str, float]:
     """Token-exact, as the training evaluates, in the precision in which the model answers."""
     tokenizer = load_tokenizer(name)
-    examples, _ = encode_rows(rows, tokenizer, max_length, "drop")
-    if not examples:
-        raise UserError(f"no row has at most {max_length} tokens; raise --max-length")
     causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
     model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
-    batches = rank_batches(examples, batch_size=1, micro_batch_tokens=max_length)
+    batches = rank_batches(examples, batch_size=1, micro_batch_tokens=max(map(len, examples)))
     metrics = evaluate(model, batches, accelerator)
     perplexities = {f"{part}perplexity": perplexity(metrics._asdict()[f"{part}loss"]) for part in PARTS}
     return {**metrics._asdict(), **perplexities}
@@ -167,25 +182,22 @@ def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
     """Measure, first model, second model, difference."""
     a, b = report["models"]
     return [
-        (label, "-", "-", "-")
+        (tr(label), "-", "-", "-")
         if None in (a[key], b[key])
-        else (label, f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}")
+        else (tr(label), f"{a[key]:.4f}", f"{b[key]:.4f}", f"{b[key] - a[key]:+.4f}")
         for key, label in MEASURES.items()
     ]
 
 
-def note(report: dict) -> str:
-    return f"{LOWER}; emergencies among the questions: {report['models'][0]['emergencies']}"
-
-
 def show(report: dict) -> None:
-    table = Table(title=f"{report['rows']} rows of {report['dataset']}")
-    for index, title in enumerate(["", *(model["model"] for model in report["models"]), "difference"]):
-        table.add_column(title, justify="right" if index else "left", overflow="fold", no_wrap=not index)
+    table = Table(title=tr("{} rows of {}", report["rows"], visible(report["dataset"])))
+    for index, title in enumerate(["", *(model["model"] for model in report["models"]), tr("difference")]):
+        table.add_column(visible(title), justify="right" if index else "left", overflow="fold", no_wrap=not index)
     for row in table_rows(report):
         table.add_row(*row)
-    Console().print(table)
-    Console().print(note(report))
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(table)
+    console.print(tr(LOWER))
 
 
 if __name__ == "__main__":

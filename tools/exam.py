@@ -3,8 +3,9 @@
     python -m tools.exam MODEL [MODEL ...] --exam FILE [FILE ...] [--think]
 
 The answer is the letter of the highest likelihood after a closed block of thinking: an empty one, or with --think the
-model's own. Each question's choices stand in an order drawn for it, the same for every model, so a preference for "A"
-is worth no more than a guess. Files are CSV or JSON with the columns of CMMLU, C-Eval, CMB or CMExam.
+model's own, and all models get the same system prompt. Each question's choices stand in an order drawn for it, the same for every model, so a preference for "A"
+is worth no more than a guess. Files are CSV, JSON or parquet in the form of CMMLU, C-Eval, CMB, CMExam,
+MedQA, MedMCQA and others alike.
 """
 
 import argparse
@@ -20,16 +21,18 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import rank_rows
-from data.exam import LEFT_OUT, Question, exam_prompts, exam_rows, read_exam
+from data.choices import Question
+from data.exam import exam_prompts, exam_rows, read_exam
+from data.language import speak, tr
 from data.template import CLOSE, OPEN, opens_block
-from loop.console import run_tool
+from loop.console import run_tool, visible
 from loop.files import write_text
 from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
 from model.generate import chat_tokenizer, fast_dtype, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model
-from tools.record import name_of
+from tools.record import name_of, run_of
 
 TOKENS = 2048  # laid end to end in one forward
 
@@ -50,11 +53,13 @@ class Score(NamedTuple):
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def take(name: str, questions: list[Question], think: bool, max_new_tokens: int, accelerator) -> list[bool]:
-    """Which questions a model answers right, after the system prompt that it was trained with."""
-    # Its own: a model that does not think is asked without a block.
+def take(
+    name: str, questions: list[Question], system: str, think: bool, max_new_tokens: int, accelerator
+) -> list[bool]:
+    """Which questions a model answers right, after a system prompt."""
+    # Its own tokenizer: a model that does not think is asked without a block.
     tokenizer = chat_tokenizer(name)
-    prompts = exam_prompts(questions, tokenizer, system_prompt_of(find_model(name)), think)
+    prompts = exam_prompts(questions, tokenizer, system, think)
     if think:
         causal_lm, _ = load_for_generation(name, accelerator.device)
         replies = reply_to(causal_lm, tokenizer, prompts, max_new_tokens)
@@ -64,10 +69,9 @@ def take(name: str, questions: list[Question], think: bool, max_new_tokens: int,
         ]
     causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
     model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
-    packing = {"batch_size": 1, "micro_batch_tokens": TOKENS}
-    rows = exam_rows(prompts, tokenizer)
-    with tqdm(total=len(rank_rows(rows, **packing)), desc=Path(name).name, disable=None) as bar:
-        return is_right(questions, letter_likelihoods(model, rows, tokenizer, accelerator, packing, check=bar.update))
+    groups = rank_rows(exam_rows(prompts, tokenizer), batch_size=1, micro_batch_tokens=TOKENS)
+    with tqdm(total=len(groups), desc=Path(name).name, disable=None) as bar:
+        return is_right(questions, letter_likelihoods(model, groups, tokenizer, accelerator, check=bar.update))
 
 
 def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
@@ -89,20 +93,21 @@ def scores_of(questions: list[Question], right: list[bool]) -> dict[str, Score]:
     return {subject: scores[subject] for subject in [*sorted(scores.keys() - {"all"}), "all"]}
 
 
-def show(models: list[str], results: list[dict[str, Score]], p: float | None) -> None:
+def show(models: list[str], results: list[dict[str, Score]], p: float | None, guessing: float) -> None:
     table = Table()
-    for title in ("subject", "questions", *map(name_of, models)):
-        table.add_column(title, justify="left" if title == "subject" else "right", overflow="fold")
+    for index, title in enumerate((tr("subject"), tr("questions"), *map(name_of, models))):
+        table.add_column(title, justify="right" if index else "left", overflow="fold")
     for subject, first in results[0].items():
         cells = []
         for scores in results:
             low, high = scores[subject].interval
             cells.append(f"{scores[subject].accuracy:.1%} ({low:.1%}-{high:.1%})")
-        table.add_row(subject, str(first.number), *cells)
-    console = Console()
+        table.add_row(tr("all") if subject == "all" else visible(subject), str(first.number), *cells)
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
+    console.print(tr("a guess: {:.1%}; in brackets the 95 % interval", guessing))
     if p is not None:
-        console.print(f"McNemar's test of the two on the same questions: p = {p:.3f}")
+        console.print(tr("McNemar's test of the two on the same questions: p = {:.3f}", p))
 
 
 def run() -> None:
@@ -111,6 +116,9 @@ def run() -> None:
     parser.add_argument("--exam", nargs="+", required=True, metavar="FILE", help="files or folders of questions")
     parser.add_argument("--think", action="store_true", help="the model thinks before it answers, which takes long")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest thinking")
+    parser.add_argument(
+        "--system", help="system prompt, the same for all; default: the first that a model was trained with"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     if args.max_new_tokens < 1:
@@ -118,13 +126,16 @@ def run() -> None:
     if args.out and (args.out.exists() or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out} must be a new file in a folder that exists")
     disable_progress_bar()
-    questions, left_out = read_exam(args.exam)
-    print(f"{len(questions):,} questions" + (f"; {left_out:,} left out, {LEFT_OUT}" if left_out else ""))
-    accelerator = Accelerator()
-    right = [take(model, questions, args.think, args.max_new_tokens, accelerator) for model in args.models]
+    speak(next((run["language"] for run in map(run_of, args.models) if "language" in run), "en"))
+    exam = read_exam(args.exam)
+    questions, accelerator = exam.questions, Accelerator()
+    own = (system_prompt_of(find_model(model)) for model in args.models)
+    system = next(filter(None, own), "") if args.system is None else args.system
+    print(f"{exam}\n" + tr("system prompt of all models: {}", visible(system) or "-"))
+    right = [take(model, questions, system, args.think, args.max_new_tokens, accelerator) for model in args.models]
     results = [scores_of(questions, answers) for answers in right]
     p = mcnemar(*right) if len(right) == 2 else None
-    show(args.models, results, p)
+    show(args.models, results, p, exam.guessing)
     if args.out:
         figures = {model: {subject: score._asdict() for subject, score in scores.items()}
                    for model, scores in zip(args.models, results, strict=True)}  # fmt: skip

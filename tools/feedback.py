@@ -10,23 +10,28 @@ from collections import Counter
 from pathlib import Path
 
 from data.errors import UserError
-from data.feedback import correction_of, is_feedback, newest
+from data.feedback import correction_of, is_feedback, newest, problem_of
 from data.read import read_file
 from data.template import CLOSE, OPEN
-from loop.console import run_tool
+from loop.console import run_tool, warn
 from loop.files import write_lines
 
 
 def read_feedback(path: Path) -> list[dict]:
-    """The newest line of each reply. Raises UserError if there is none, or if a line is no feedback."""
+    """The newest line of each reply; lines that are none, or half one, are named and left out. Raises UserError if
+    nothing is left."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    lines = list(read_file(path, path.name, "", []))
-    for location, row in lines:
-        if not is_feedback(row):
-            raise UserError(f"{location} is no feedback: a line has `verdict` (like, dislike, edit) and `messages`")
+    lines = []
+    for location, row in read_file(path, path.name, "", []):
+        problem = row if isinstance(row, str) else "is no line of feedback"
+        problem = problem_of(row) if is_feedback(row) else problem
+        if problem:
+            warn(f"{location} {problem}: left out")
+        else:
+            lines.append((location, row))
     if not lines:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} has no line of feedback: one has `verdict` (like, dislike, edit) and `messages`")
     return [row for _, row in newest(lines)]
 
 

@@ -23,11 +23,11 @@ NOISE = 0.005
 
 
 class Verdict(NamedTuple):
-    """What the evaluation loss did. kind: overfitting, plateau, falling (the last one is the best), worse (none is
+    """What the loss did that chooses the best model. kind: overfitting, plateau, falling (the last one is the best), worse (none is
     better than the one before training), early (there is no other yet), or nonfinite (after the best)."""
 
     kind: str
-    first: dict  # evaluations: rows of metrics.jsonl with an epoch
+    first: dict  # evaluations: rows of metrics.jsonl with their epoch and the figure that decides
     best: dict
     last: dict  # with a finite loss
     worse: dict  # the first one after the best
@@ -63,6 +63,17 @@ class Record(NamedTuple):
         """Format rates of all `answers`."""
         replies = [Reply(*(sample[name] for name in Reply._fields)) for sample in self.answers]
         return format_rates(replies) if replies else {}
+
+    @property
+    def planned_epochs(self) -> float:
+        per_epoch = math.ceil(self.data["train"]["examples"] / self.run["rows_per_step"])
+        return round(self.run["max_steps"] / per_epoch, 2)
+
+    @property
+    def rate_is_gone(self) -> bool:
+        """Whether the learning rate had fallen to under a twentieth of its highest."""
+        rates = [row["train/learning_rate"] for row in self.train]
+        return bool(rates) and rates[-1] < max(rates) / 20
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -112,7 +123,11 @@ def read_record(run_dir: Path) -> Record:
         raise UserError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
     data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
     epochs_per_step = 1 / math.ceil(data["train"]["examples"] / run["rows_per_step"])
-    evaluations = [{**row, "epoch": row["step"] * epochs_per_step} for row in evaluations]
+    metric = run.get("metric_for_best_model", "eval/loss")
+    evaluations = [
+        {**row, "epoch": row["step"] * epochs_per_step, "decides": row.get(metric, row["eval/loss"])}
+        for row in evaluations
+    ]
     samples = read_lines(run_dir / "samples.jsonl")
     answers = [sample for sample in samples if sample["model"] == "best"]
     if not answers and samples:  # not at its end yet: what the newest evaluation got
@@ -144,12 +159,12 @@ def sampled_in_training(samples: list[dict]) -> dict:
 
 
 def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
-    finite = [row for row in evaluations if math.isfinite(row["eval/loss"])]
-    best = min(finite, key=lambda row: row["eval/loss"])
+    finite = [row for row in evaluations if math.isfinite(row["decides"])]
+    best = min(finite, key=lambda row: row["decides"])
     first, last = evaluations[0], finite[-1]
     later = [row for row in evaluations if row["step"] > best["step"]]
-    after = [row for row in later if math.isfinite(row["eval/loss"])]
-    rise = last["eval/loss"] - best["eval/loss"]
+    after = [row for row in later if math.isfinite(row["decides"])]
+    rise = last["decides"] - best["decides"]
     until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
     fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
     if not later:
@@ -159,7 +174,7 @@ def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
     elif best is first:
         kind = "worse"
     else:
-        kind = "overfitting" if rise > NOISE * best["eval/loss"] else "plateau"
+        kind = "overfitting" if rise > NOISE * best["decides"] else "plateau"
     return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
 
 

@@ -24,6 +24,7 @@ from tools.plots import draw, draw_runs
 from tools.record import NOISE, Record, collapse, name_of, read_record
 
 NUM_ANSWERS = 5
+FEW_PROBED = 30  # of fewer rows nothing is said about the thinking
 FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
 # Settings of the method, beside the step file.
 METHOD = ("lora_rank", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm")
@@ -83,7 +84,10 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
         gains=gains(record),
         methods=methods(record),
-        changed=changed(record.run),
+        changed=changed(record),
+        only_sample=all(name.split(":")[0] == "sample" for name in record.run["dataset"]),
+        metric=record.run.get("metric_for_best_model", "eval/loss"),
+        best_step=record.launch.get("best_step", record.verdict.best["step"]),
         pictures=pictures,
     )
     draw(run_dir / pictures, record, language)
@@ -103,12 +107,11 @@ def methods(record: Record) -> list[tuple[str, str]]:
     return found
 
 
-def changed(run: dict) -> list[tuple[str, object, object]]:
+def changed(record: Record) -> list[tuple[str, object, object]]:
     """(setting, value, value in the experiment as it was) of what acts on how a model is trained."""
     experiment = dataclasses.asdict(TrainConfig())
-    return [
-        (name, run[name], experiment[name]) for name in METHOD if run.get(name, experiment[name]) != experiment[name]
-    ]
+    run = experiment | record.run | {"num_train_epochs": record.planned_epochs}  # max_steps may have decided
+    return [(name, run[name], experiment[name]) for name in METHOD if run[name] != experiment[name]]
 
 
 def first_line(code: str) -> str:
@@ -117,14 +120,16 @@ def first_line(code: str) -> str:
 
 def gains(record: Record) -> tuple[float, float, str] | None:
     """What the answers' own thinking saves against none and against another row's, in nats per token, at the best step
-    or else the last that was probed; and whether it helps: yes, no (it costs), or little (less than noise)."""
+    or else the last that was probed; and whether it helps: yes, no (it costs), or little (not to be told)."""
     probed = [row for row in record.evaluations if is_number(row.get("think_probe/own"))]
     if not probed:
         return None
     row = next((row for row in probed if row["step"] == record.verdict.best["step"]), probed[-1])
     over_none, over_other = (row[f"think_probe/{name}"] - row["think_probe/own"] for name in ("none", "other"))
     least, noise = min(over_none, over_other), NOISE * row["think_probe/own"]
-    return over_none, over_other, "yes" if least > noise else "no" if least < -noise else "little"
+    # Of few rows, or of a model that does not close its thinking yet, it says nothing.
+    says = record.data["val"]["examples"] >= FEW_PROBED and row.get("eval/close_accuracy", 1.0) >= 0.5
+    return over_none, over_other, "yes" if says and least > 4 * noise else "no" if says and least < -noise else "little"
 
 
 def write_comparison(run_dirs: list[Path], language: str | None, out: Path | None) -> Path:

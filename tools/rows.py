@@ -31,8 +31,9 @@ from transformers.utils.logging import disable_progress_bar
 from data.batches import Collated, rank_rows
 from data.encode import Example, encode_turns, shorten_thinking
 from data.errors import UserError
+from data.language import speak, tr
 from data.rows import Row
-from loop.console import run_tool
+from loop.console import run_tool, visible
 from loop.evaluate import LossOfGroups, evaluate
 from loop.files import write_lines
 from loop.run_folder import read_run
@@ -41,6 +42,7 @@ from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 from tools.record import read_side
 
+SUSPECT = 3.5  # deviations from the median, above which a row stands out (Iglewicz and Hoaglin 1993)
 TOKENS = 2048  # laid end to end in one forward
 
 
@@ -182,26 +184,47 @@ def learned(line: dict) -> float:
     return line["before"]["answer"] - line["after"]["answer"]
 
 
+def is_learned(line: dict) -> bool:
+    """Whether the answer costs clearly less than before training. Of a row that was not learned a high loss says nothing
+    but that."""
+    return line["after"]["answer"] < 0.8 * line["before"]["answer"]
+
+
 def show(lines: list[dict], number: int) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
+    new = sum(not is_learned(line) for line in lines)
+    if 2 * new > len(lines):
+        console.print(
+            tr("the model has not learned {} of these {} rows: what stands out may only be new to it", new, len(lines)),
+            style="yellow",
+        )
+    suspects = [line for line in lines if line["suspect"] >= SUSPECT and is_learned(line)]
     tables = {
-        "most suspect: the answer does not belong to its question": lines,
-        "hardest after training": sorted(lines, key=lambda line: -line["after"]["answer"]),
+        tr("stand out by {} deviations and more: does the answer belong to its question?", SUSPECT): suspects,
+        tr("hardest after training"): sorted(lines, key=lambda line: -line["after"]["answer"]),
+        tr("forgotten: the answer costs more than before training"): sorted(
+            (line for line in lines if learned(line) < 0), key=learned
+        ),
     }
-    forgotten = sorted((line for line in lines if learned(line) < 0), key=learned)
-    if forgotten:
-        tables["forgotten: the answer costs more than before training"] = forgotten
     for title, chosen in tables.items():
+        if not chosen:
+            console.print(f"{title}: {tr('none')}")
+            continue
         table = Table(title=title, title_justify="left", expand=True)
-        for name in ("row", "suspect", "follows", "before", "after", "question", "answer"):
+        for name in ("row", "suspect", "before", "after", "question", "answer"):
             is_text = name in ("row", "question", "answer")
-            width = {"min_width": 8, "ratio": 1} if name in ("question", "answer") else {"min_width": 7}
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis", **width)
+            width = {"min_width": 14, "ratio": 1} if name in ("question", "answer") else {}
+            table.add_column(
+                tr(name), justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis", **width
+            )
         for line in chosen[:number]:
-            figures = (line["suspect"], line["follows"], line["before"]["answer"], line["after"]["answer"])
-            texts = (" ".join(line[name].split())[:40] for name in ("question", "answer"))
-            table.add_row(line["location"], *(f"{figure:.3f}" for figure in figures), *texts)
+            figures = (line["suspect"], line["before"]["answer"], line["after"]["answer"])
+            texts = (visible(" ".join(line[name].split())[:40]) for name in ("question", "answer"))
+            table.add_row(line["location"].replace(".jsonl", ""), *(f"{figure:.2f}" for figure in figures), *texts)
         console.print(table)
+    console.print(
+        tr("suspect: deviations from the median; before, after: loss of the answer, nats a token"), style="dim"
+    )
 
 
 def run() -> None:
@@ -214,19 +237,22 @@ def run() -> None:
     if args.worst < 1 or args.suspects < 0:
         parser.error("--worst is at least 1 and --suspects at least 0")
     disable_progress_bar()
+    speak(read_run(args.run_dir).get("language", "en"))
     lines = study(args.run_dir, args.base)
     write_lines(
         args.run_dir / "rows.jsonl", (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     )
     show(lines, args.worst)
-    print(f"all {len(lines)} rows: {args.run_dir / 'rows.jsonl'}")
+    print(tr("all {} rows: {}", len(lines), args.run_dir / "rows.jsonl"))
+    if args.suspects >= len(lines):
+        raise UserError(tr("--suspects {}: there are only {} rows, so none would be left", args.suspects, len(lines)))
     if args.suspects:
         path = args.run_dir / "suspects.jsonl"
         write_lines(
             path,
             (json.dumps(line["columns"], ensure_ascii=False, default=str) + "\n" for line in lines[: args.suspects]),
         )
-        print(f"train without the first {args.suspects}: --exclude {path}")
+        print(tr("train without the first {}: --exclude {}", args.suspects, path))
 
 
 def main() -> None:

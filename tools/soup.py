@@ -21,6 +21,7 @@ from data.batches import Collated, rank_rows
 from data.encode import Example, encode_rows
 from data.errors import UserError
 from data.exam import exam_prompts, exam_rows, read_exam
+from data.language import speak, tr
 from data.rows import read_given
 from loop.console import run_tool
 from loop.evaluate import EvalMetrics, evaluate
@@ -62,7 +63,7 @@ def check_same_kind(base: dict, tuned: dict, vocabularies: list[dict]) -> None:
 
 def read_examples(args: argparse.Namespace, run: dict, system: str, tokenizer) -> list[Example]:
     rows = read_rows(args.dataset, system, read_given(run.get("columns", ())))
-    examples, _ = encode_rows(rows, tokenizer, run.get("max_length", 2048), "truncate")
+    examples, _ = encode_rows(rows, tokenizer, run.get("max_length", 2048), run.get("overlong", "truncate"))
     if not examples:
         raise UserError(f"{args.dataset} has no row that can be evaluated")
     return examples
@@ -73,8 +74,8 @@ def study(args: argparse.Namespace) -> list[Mixture]:
     accelerator, run = Accelerator(), run_of(str(args.tuned)) or {"seed": 0}
     system, tokenizer = system_prompt_of(find_model(str(args.tuned))), load_tokenizer(str(args.tuned))
     examples = read_examples(args, run, system, tokenizer)
-    questions = read_exam(args.exam)[0] if args.exam else []
-    asked = exam_rows(exam_prompts(questions, tokenizer, system), tokenizer)
+    questions = read_exam(args.exam).questions if args.exam else []
+    asked = rank_rows(exam_rows(exam_prompts(questions, tokenizer, system), tokenizer), **PACKING) if questions else []
     base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
     base = parameters_of(load(args.base, run, base_tokenizer, accelerator.device))
     model = load(str(args.tuned), run, tokenizer, accelerator.device)
@@ -84,9 +85,9 @@ def study(args: argparse.Namespace) -> list[Mixture]:
     for weight in (0.0, *sorted(set(args.weights)), 1.0):
         mix(model, base, tuned, weight)
         metrics = evaluate(model, Collated(rank_rows(examples, **PACKING)), accelerator)
-        right = is_right(questions, letter_likelihoods(model, asked, tokenizer, accelerator, PACKING)) if asked else []
+        right = is_right(questions, letter_likelihoods(model, asked, tokenizer, accelerator)) if asked else []
         found.append(Mixture(weight, metrics, sum(right) / len(right) if right else math.nan))
-        print(f"weight {weight:g}: loss {metrics.loss:.4f}", flush=True)
+        print(tr("weight {:g}: loss {:.4f}", weight, metrics.loss), flush=True)
     mix(model, base, tuned, best_of(found).weight)
     texts = texts_of(args, run.get("language", "en"), found)
     export(model.causal_lm, model.causal_lm.state_dict(), tokenizer, args.out, texts)
@@ -119,15 +120,15 @@ def show(found: list[Mixture], names: list[str]) -> None:
     table = Table()
     for title in ("weight of the tuned model", "loss", "thinking", "answer", "exam"):
         if title != "exam" or not math.isnan(best.exam):
-            table.add_column(title, justify="right")
+            table.add_column(tr(title), justify="right")
     for mixture in found:
         name = {0.0: f"0 ({names[0]})", 1.0: f"1 ({names[1]})"}.get(mixture.weight, f"{mixture.weight:g}")
         losses = (mixture.metrics.loss, mixture.metrics.think_loss, mixture.metrics.answer_loss)
         cells = [name, *(f"{loss:.4f}" for loss in losses), f"{mixture.exam:.1%}"]
         table.add_row(*cells[: len(table.columns)], style="bold" if mixture is best else None)
-    Console().print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
     if found[-1].metrics.loss <= best.metrics.loss:
-        print("no mixture has a lower loss than the tuned model by itself")
+        print(tr("the tuned model by itself has a lower loss than each mixture; written is the best of these"))
 
 
 def run() -> None:
@@ -150,9 +151,10 @@ def run() -> None:
         parser.error(f"{args.out} exists already; name another folder with --out")
     args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
+    speak(run_of(str(args.tuned)).get("language", "en"))
     found = study(args)
     show(found, [name_of(args.base), name_of(str(args.tuned))])
-    print(f"the best mixture: {args.out}")
+    print(tr("the mixture of weight {:g}: {}", best_of(found).weight, args.out))
 
 
 def main() -> None:
