@@ -33,7 +33,7 @@ class Source(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """What is not read."""
-        (read, _), *others = self.splits.items()
+        _, *others = self.splits.items()
         named = ((split, files) for split, files in others if split and is_set(files))
         notes = [f"split {split} is not read; --val-dataset {self.name}:{split} takes it" for split, _ in named]
         single = (path for split, files in others if not split or not is_set(files) for path in files)

@@ -94,7 +94,11 @@ def as_thinking(value, key: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"the thinking is not text but {type(value).__name__}")
         return value
+    if isinstance(value, str):
+        return value
     parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"`{key}` is not a list of objects")
     texts = [part.get("text") or part.get("summary") for part in parts if isinstance(part, dict)]
     return "\n".join(text for text in texts if isinstance(text, str))
 

@@ -94,9 +94,10 @@ class Samples:
         for sample in lines[: self.num_samples]:
             thinking = sample["think"] if len(sample["think"]) <= 200 else sample["think"][:200] + " ..."
             names = (tr(name) for name in ("question", "think", "answer"))
+            texts = (sample["question"], thinking, sample["answer"])
             say(
                 "\n[{}] {}\n[{}] {}\n[{}] {}".format(
-                    *chain(*zip(names, (sample["question"], thinking, sample["answer"])))
+                    *chain(*zip(names, texts, strict=True))
                 )
             )
         listed = ", ".join(f"{tr(name)} {rate:.0%}" for name, rate in rates.items())

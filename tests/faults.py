@@ -451,3 +451,17 @@ def gradients_are_shared_out() -> None:
                 raise RuntimeError(f"{name} has no shard of a gradient after a backward")
 
     Accelerator.backward = checked
+
+
+def elsewhere(folder: str) -> None:
+    """Rank 1 works in another folder, as a machine that shares no disk."""
+    if rank():
+        os.chdir(folder)
+
+
+def answers_on_main_alone() -> None:
+    """A rank that answered beside the main process would end a token apart from it one day, and both wait."""
+    import loop.samples
+
+    if rank():
+        loop.samples.reply_to = lambda *_, **__: kill()

@@ -269,3 +269,73 @@ def test_a_micro_batch_has_no_padding(examples):
     assert batch["target_ids"].tolist() == expected
     assert is_think.sum() == sum(e.answer_start - e.prompt_length for e in (first, second))
     assert collate([first]).inputs["target_positions"].min() == first.prompt_length - 1
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])
+def test_rows_around_the_longest_length(tokenizer, overlong):
+    """Each length around the limit, with and without thinking, alone and after other turns: what is kept fits and ends
+    as it should, what is not is listed, and thinking alone is shortened."""
+    think, limit, close = "想" * 40, 64, tokenizer.convert_tokens_to_ids("</think>")
+    rows = []
+    for length in (1, 20, *range(28, 60), 200):
+        for thinking in (None, "想", think):
+            for turns in (1, 2):
+                reply = {"role": "assistant", "content": "水" * length}
+                last = reply | ({"reasoning_content": thinking} if thinking else {})
+                before = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}] * (turns - 1)
+                messages = [*before, {"role": "user", "content": "问"}, last]
+                rows.append(Row(f"{length}/{thinking}/{turns}", {}, messages))
+    try:
+        examples, problems = encode_rows(rows, tokenizer, limit, overlong)
+    except UserError as error:
+        assert overlong == "error" and "more than max_length 64" in str(error)
+        return
+    assert overlong != "error" and all(len(example) <= limit for example in examples)
+    wanted = sum(message["role"] == "assistant" for row in rows for message in row.messages)
+    assert len(examples) + sum(problem["action"] == "dropped" for problem in problems) == wanted
+    assert (overlong == "truncate") == any(problem["action"] == "thinking shortened" for problem in problems)
+    for example in examples:
+        ids = example.input_ids.tolist()
+        answer = tokenizer.decode(ids[example.answer_start :]).strip().removesuffix("<|im_end|>")
+        length, _, _ = example.location.split("/")
+        assert answer in ("水" * int(length), "答")
+        assert (ids[example.answer_start - 1] == close) == (example.num_think_targets > 0) or not example.num_think_targets
+
+
+def test_a_text_that_spells_a_control_token_is_dropped_and_told(tokenizer):
+    """Of the tokenizer's own, whatever they look like."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<｜end▁of▁sentence｜>"], special_tokens=True)
+    rows = [Row("a", {}, [{"role": "user", "content": "问<｜end▁of▁sentence｜>"}, {"role": "assistant", "content": "答"}]),
+            Row("b", {}, [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}])]  # fmt: skip
+    examples, problems = encode_rows(rows, tokenizer, 64, "error")
+    assert [example.location for example in examples] == ["b"]
+    assert problems == [{"location": "a", "action": "dropped",
+                         "problem": "has the control token <｜end▁of▁sentence｜> inside its text"}]  # fmt: skip
+
+
+NOTHING = "\u200b\u2060\ufeff\u00ad\u3164\u2800\u200e \u3000\x00"
+
+
+def test_a_text_that_shows_nothing_is_no_text():
+    for role in ("question", "answer"):
+        with pytest.raises(ValueError, match=f"`{role}` is empty"):
+            read_row({"question": "问", "answer": "答"} | {role: NOTHING})
+    row = read_row({"question": "问", "think": NOTHING, "answer": f"{NOTHING}<think>想</think>答"})
+    assert row.messages[-1] == {"role": "assistant", "content": "答", "reasoning_content": "想"}
+
+
+@pytest.mark.parametrize("value", ["文字", 3, 2.5, True, {"text": "文字"}, {"甲": 1}, ["文字"], [3], [{"text": "文字"}], [[]]])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "think", "reasoning_details", "content",
+                                 "name", "loss", "weight"])  # fmt: skip
+def test_a_known_key_of_a_message_is_read_in_each_form_or_named(key, value):
+    reply = {"role": "assistant", "content": "答", key: value}
+    try:
+        row = read_row({"messages": [{"role": "user", "content": "问"}, reply]})
+    except ValueError as reason:
+        assert str(reason)
+        return
+    said = json.dumps(row.messages, ensure_ascii=False)
+    text = value if isinstance(value, str) else "文字" if "文字" in json.dumps(value, ensure_ascii=False) else None
+    is_named = any(key in unused for unused in row.unused)
+    assert is_named or (text is not None and text in said) or (key in ("loss", "weight") and value in (0, 1))

@@ -163,3 +163,45 @@ def test_hostile_lines():
     rows = [3, *({"verdict": "like", "messages": messages} for messages in ("no", [], [3], None, [{}]))]
     assert len(take_feedback([(str(number), row) for number, row in enumerate(rows)], True)[0]) == len(rows)
     assert pairs([{"messages": [{}], "verdict": "edit", "correction": {"content": "好"}}], "trl")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"verdict": "up"}, "has the verdict 'up'"),
+        ({"verdict": "Edit", "correction": {"content": "改"}}, "has the verdict 'Edit'"),
+        ({"verdict": None, "correction": {"content": "改"}}, "has the verdict None"),
+        ({"verdict": "edit", "correction": "改"}, "its correction is not an object"),
+        ({"verdict": "edit", "correction": {"content": ["改"]}}, "its correction is not an object"),
+        ({"verdict": "like", "messages": QUESTION}, "do not end with a reply"),
+        ({"verdict": "like", "messages": "问"}, "has no list of messages"),
+    ],
+)
+def test_a_line_that_cannot_be_understood_is_neither_trained_nor_counted(change, reason, jsonl, tool):
+    from tools import feedback as module
+
+    path = jsonl([line("a", "edit", correction={"content": "对。"}), {**line("b", "edit"), **change}, b'{"id": "cut of'])
+    split = load(jsonl([good_row(n) for n in range(30)], "rows.jsonl"), path,
+                 val_dataset=(str(jsonl([good_row(99)], "val.jsonl")),))  # fmt: skip
+    taught = [row.messages[-1]["content"] for row in split.train if row.dataset == "rows"]
+    assert len(split.train) == 31 and REPLY["content"] not in [row.messages[-1]["content"] for row in split.train], taught
+    code, said = tool(module, path)
+    assert code == 0 and "1 replies: 1 corrected" in said and reason in said and "is not valid JSON" in said
+
+
+def test_a_correction_takes_the_place_of_the_answers_to_its_question(jsonl):
+    """And one of a validation question is counted as what it is: left out."""
+    rows = [good_row(n) for n in range(20)]
+
+    def corrected(name, row):
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        return {"id": name, "messages": messages, "verdict": "edit", "correction": {"content": f"改{name}。"}}
+
+    val = [good_row(n) for n in (50, 51)]
+    path = jsonl([corrected("a", rows[3]), corrected("b", val[0]), corrected("c", good_row(77))], "feedback.jsonl")
+    split = load(jsonl(rows), path, val_dataset=(str(jsonl(val, "val.jsonl")),))
+    answers = {row.asked[0]: row.messages[-1]["content"] for row in split.train}
+    assert len(split.train) == len(answers) == 21 and answers[rows[3]["question"]] == "改a。"
+    assert [problem["action"] for problem in split.report["problems"]].count("replaced") == 1
+    (note,) = split.report["datasets"][1]["notes"]
+    assert note == "feedback: 2 corrected answers trained (1 left out, see below)"

@@ -347,3 +347,110 @@ def test_any_file_is_read_or_refused(count, tmp_path):
 
     check()
     assert min(outcomes.values()) > count / 20, outcomes
+
+
+# --- encodings, sheets and folders that are not what they seem ------------------------------------------------
+
+FOREIGN = {
+    "big5": "請問最近咳嗽三天，伴有發熱，應該怎麼辦？\n我媽媽頭暈，血壓高，吃什麼藥比較好？\n建議儘快到呼吸科就診，多喝水，注意休息。\n",
+    "shift_jis": "最近、頭痛が続いています。どの診療科に行けばよいですか？\n内科を受診してください。水分をよくとって休みましょう。\n",
+    "euc_kr": "최근 기침이 삼일 동안 계속됩니다. 어떻게 해야 하나요?\n호흡기내과를 방문하시고 물을 많이 드세요.\n",
+    "euc_jp": "最近、頭痛が続いています。どの診療科に行けばよいですか？\n内科を受診してください。水分をよくとって休みましょう。\n",
+}
+
+
+@pytest.mark.parametrize("encoding", FOREIGN)
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_what_gb18030_would_decode_to_other_characters_is_refused(encoding, form, tmp_path):
+    first, second, *_ = FOREIGN[encoding].splitlines()
+    rows = [(f"{first}{n}", f"{second}{n}") for n in range(12)]
+    path = tmp_path / f"rows.{form}"
+    lines = [f"{q},{a}" if form == "csv" else json.dumps({"question": q, "answer": a}, ensure_ascii=False) for q, a in rows]
+    path.write_text("\n".join([*(["question,answer"] if form == "csv" else []), *lines]) + "\n", encoding=encoding)
+    with pytest.raises(UserError, match="is no UTF-8 and (looks like|is not)"):
+        load(path)
+
+
+def test_blank_rows_are_skipped_and_unreadable_columns_left_out(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [good_row(n) for n in range(10)]
+    blank = dict.fromkeys(rows[0])
+    table = pyarrow.Table.from_pylist([*rows[:5], blank, *rows[5:], blank])
+    ages = pyarrow.array([2**62] * len(table), pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(table.append_column("taken", ages), tmp_path / "rows.parquet")
+    split = load(tmp_path / "rows.parquet")
+    assert split.report["rows"] == 10 and split.report["unusable"] == 0
+    assert "column `taken` cannot be read" in split.report["datasets"][0]["notes"][0]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [{}, *rows, {"question": "\u200b"}]))
+    assert load(tmp_path / "rows.jsonl").report["rows"] == 10
+
+
+def test_merged_cells_and_blank_rows_of_a_sheet(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.create_chartsheet("图", 0)
+    sheet = book.worksheets[0]
+    sheet.append(["question", "answer", "科室"])
+    for n in range(12):
+        sheet.append([f"第{n}题？", f"答{n}。", "内科" if n == 0 else None])
+        if n % 4 == 3:
+            sheet.append([None, None, None])
+    sheet.merge_cells("C2:C5")
+    book.save(tmp_path / "rows.xlsx")
+    split = load(tmp_path / "rows.xlsx")
+    assert split.report["rows"] == 12 and split.report["unusable"] == 0
+    assert any("merged cells" in note and "C2:C5" in note for note in split.report["datasets"][0]["notes"])
+    (tmp_path / "page.xlsx").write_text("<html><table>")
+    (tmp_path / "old.xlsx").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600)
+    (tmp_path / "none.xlsx").write_bytes(b"PK\x03\x04")
+    for name, message in (("page", "is a web page"), ("old", "old Excel"), ("none", "is no .xlsx file")):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / f"{name}.xlsx")
+
+
+def test_a_copy_of_a_hubs_set_follows_its_readme(tmp_path):
+    def write(name, rows):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("one/data/a.jsonl", [good_row(n) for n in range(20)])
+    write("one/data/b.jsonl", [good_row(n) for n in range(20, 25)])
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/a.jsonl\n"
+    (tmp_path / "one/README.md").write_text(f"{head}  - split: test\n    path: data/b.jsonl\n---\n# Card\n")
+    assert load(tmp_path / "one").report["rows"] == 20
+    assert load(f"{tmp_path / 'one'}:test").report["rows"] == 5
+    assert "b.jsonl is not read" in load(tmp_path / "one").report["datasets"][0]["notes"][0]
+    for language in ("zh", "en"):
+        write(f"two/{language}/rows.jsonl", [good_row(n) for n in range(20)])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("zh", "en"))
+    (tmp_path / "two/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(UserError, match=r"has several subsets; choose one: .*two:zh or .*two:en"):
+        load(tmp_path / "two")
+    assert load(f"{tmp_path / 'two'}:en").report["rows"] == 20
+
+
+def test_what_systems_leave_behind_is_no_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(good_row(n)) + "\n" for n in range(20)))
+    for name in ("~$rows.xlsx", "__MACOSX/rows.jsonl", "__MACOSX/._rows.jsonl", "._rows.jsonl", ".~lock.rows.csv#",
+                 "$RECYCLE.BIN/a.csv", "Thumbs.db", "desktop.ini", "~WRL1.csv"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x05\x00junk")
+    assert find_source(str(tmp_path)).files == [tmp_path / "rows.jsonl"]
+
+
+def test_a_row_of_several_lines_is_named_by_its_row_too(tmp_path):
+    (tmp_path / "rows.csv").write_text('question,answer\n"甲\n乙",丙\n丁,\n', encoding="utf-8")
+    places = [place for place, _ in read_file(tmp_path / "rows.csv", "rows.csv", "", [])]
+    assert places == ["rows.csv:2", "rows.csv:4 (row 3)"]
+
+
+def test_columns_that_contain_known_words_are_proposed(jsonl):
+    rows = [{"编号": f"P{n:05}", "患者问题": f"头疼第{n}天怎么办？", "医生思路": f"先想{n}。", "医生回答": f"休息{n}天。"}
+            for n in range(20)]  # fmt: skip
+    with pytest.raises(UserError, match="--columns 'question=患者问题' 'think=医生思路' 'answer=医生回答'"):
+        load(jsonl(rows))
+    other = [{"病历号": n, "科室": "内科", "描述": f"头疼第{n}天怎么办？", "建议内容": f"休息{n}天。"} for n in range(20)]
+    with pytest.raises(UserError, match="--columns 'question=描述' 'answer=建议内容'"):
+        load(jsonl(other))
