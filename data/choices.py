@@ -165,9 +165,9 @@ def pair_of(option) -> tuple | None:
         return None
     key = next((name for name in KEYS if name in option), None)
     value = next((name for name in VALUES if name in option and name != key), None)
-    if len(option) == 1 and value is None:
+    if len(option) == 1:
         return next(iter(option.items()))
-    return (option[key], option[value]) if key and value else None
+    return (option[key], option[value]) if key and value and isinstance(option[key], (str, int)) else None
 
 
 def labelled(text: str) -> tuple[str, dict[str, str]]:

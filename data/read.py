@@ -294,7 +294,7 @@ def read_excel(path: Path, notes: list[str]) -> Iterator[dict]:
     try:
         book = openpyxl.load_workbook(path, data_only=True)
     except Exception as error:  # of many kinds
-        raise UserError(f"{path} is no .xlsx file: save it as one ({one_line(error)})") from None
+        raise UserError(f"{path} cannot be read as .xlsx: save it again ({one_line(error)})") from None
     sheet, *others = book.worksheets
     notes += [f"{path.name}: sheet {other.title} is not read" for other in others]
     if merged := sorted(map(str, sheet.merged_cells.ranges)):

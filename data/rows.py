@@ -106,7 +106,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         is_correction = feedback.trained.get(location) == "corrected"
         rows.append(Row(location, columns, dialogue.messages, label, dialogue.rewrites, is_correction))
     unusable = sum(map(len, reasons.values()))
-    if unusable > MAX_UNUSABLE * len(read):
+    if unusable > MAX_UNUSABLE * (len(read) + feedback.others.total()):
         raise UserError(f"{source.name}: {nothing_fits(reasons, unusable, read, given)}")
     if config.group_by in unused:
         used[config.group_by, "group"] = unused.pop(config.group_by)

@@ -105,7 +105,7 @@ def as_thinking(value, key: str) -> str:
 
 def keys_of_details(parts) -> set[str]:
     """What OpenRouter's parts hold besides the text: signatures, and thinking that is encrypted."""
-    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    parts = [part for part in (parts if isinstance(parts, list) else [parts]) if isinstance(part, dict)]
     keys = {key for part in parts for key in part if key != "summary" or part.get("text")}
     return {f"reasoning_details[].{key}" for key in keys - {"type", "text"}}
 

@@ -95,11 +95,7 @@ class Samples:
             thinking = sample["think"] if len(sample["think"]) <= 200 else sample["think"][:200] + " ..."
             names = (tr(name) for name in ("question", "think", "answer"))
             texts = (sample["question"], thinking, sample["answer"])
-            say(
-                "\n[{}] {}\n[{}] {}\n[{}] {}".format(
-                    *chain(*zip(names, texts, strict=True))
-                )
-            )
+            say("\n[{}] {}\n[{}] {}\n[{}] {}".format(*chain(*zip(names, texts, strict=True))))
         listed = ", ".join(f"{tr(name)} {rate:.0%}" for name, rate in rates.items())
         say("\n" + tr("{} answers of the best model: {}", len(replies), listed))
 

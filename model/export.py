@@ -30,10 +30,18 @@ TEMPLATES = Environment(
 )
 
 
+MARKS = re.compile(r"([\\`*_~<>&\[\]|$^=#!{}])")
+
+
+def inline(text: str) -> str:
+    """Markdown that shows a text character by character inside of a line."""
+    return MARKS.sub(r"\\\1", " ".join(visible(str(text)).split()))
+
+
 def plain(text: str) -> str:
-    """A line of Markdown that shows a text character by character."""
-    text = re.sub(r"([\\`*_~<>&\[\]|$^=#!{}])", r"\\\1", visible(str(text)))
-    text = re.sub(r"^(\s*\d*)([-+.)])", r"\1\\\2", text)  # of a list
+    """The same of a line by itself, whose beginning could make it a list or a rule."""
+    text = MARKS.sub(r"\\\1", visible(str(text)))
+    text = re.sub(r"^(\s*)([-+])|^(\s*\d+)([.)])(?=\s|$)", r"\1\3\\\2\4", text)
     return re.sub(r"^ +", lambda blanks: "&#32;" * len(blanks.group()), text)
 
 
@@ -45,7 +53,7 @@ def code(text: str) -> str:
     return f"{ticks}{blank}{text}{blank}{ticks}".replace("|", "\\|")
 
 
-TEMPLATES.filters["cell"] = lambda text: plain(" ".join(str(text).split()))  # of a table
+TEMPLATES.filters["cell"] = inline  # of a table
 TEMPLATES.filters["code"] = code
 
 

@@ -12,5 +12,5 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "intermediat
 Qwen3Config = model.qwen3.Qwen3Config
 model.qwen3.Qwen3Config = lambda **sizes: Qwen3Config(**{**sizes, **SMALL})
 loop.config.PRESETS["tiny"] = dataclasses.replace(
-    loop.config.PRESETS["tiny"], dataset=("sample:120",), per_device_train_batch_size=1, per_device_eval_batch_size=4
+    loop.config.PRESETS["tiny"], dataset=("sample:120",), per_device_train_batch_size=1
 )

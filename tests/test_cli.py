@@ -59,7 +59,7 @@ def test_the_experiment_as_it_was_run():
     c = TrainConfig()
     assert (c.model, c.dataset) == ("Qwen/Qwen3-1.7B", ("krisfu/delicate_medical_r1_data",))
     assert (c.max_length, c.val_fraction, c.num_train_epochs, c.learning_rate) == (2048, 0.1, 2, 1e-4)
-    assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.per_device_eval_batch_size) == (1, 4, 1)
+    assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.per_device_eval_batch_size) == (1, 4, -1)
     assert (c.lr_scheduler_type, c.warmup_ratio, c.weight_decay, c.max_grad_norm) == ("linear", 0, 0, 1.0)
     assert (c.gradient_checkpointing, c.mixed_precision, c.seed) == ("auto", "bf16", 42)
     assert (c.eval_steps, c.early_stopping_patience, c.early_stopping_min_delta) == (100, 3, 0)
@@ -235,14 +235,14 @@ def test_a_package_that_fails_is_not_called_missing(tmp_path):
 
 def test_dry_run_shows_everything_and_writes_nothing(train_py, tmp_path):
     out = tmp_path / "out"
-    done = train_py("tiny", "--dry-run", "--output-dir", out, FORCE_COLOR="1", NO_COLOR=None)
+    done = train_py("tiny", "--dry-run", "--language", "en", "--output-dir", out, FORCE_COLOR="1", NO_COLOR=None)
     shown = yaml.safe_load(done.stdout.split("\ndata  ")[0])
     acts = {"memory": "speed", "gradient_checkpointing": "off", "micro_batch_tokens": 16384, "compile": "off"}
     acts |= {"max_steps": 2160, "swanlab_mode": "disabled", "dry_run": True, "output_dir": str(out)}
-    acts |= {"dataset": ["sample"], "per_device_train_batch_size": 2, "per_device_eval_batch_size": 16}
+    acts |= {"dataset": ["sample"], "per_device_train_batch_size": 2, "language": "en"}
     preset = json.loads(json.dumps(dataclasses.asdict(PRESETS["tiny"])))
     assert shown == preset | acts  # no "auto" is left
     assert "2,160 optimizer steps of 8 rows" in done.stdout and "800 rows read" in done.stdout
     assert "--- think: " in done.stdout and "<|im_end|>" in done.stdout
-    assert "\033[33m<think>" in done.stdout and "\033[32m\n\n" in done.stdout
+    assert "\033[33m<think>" in done.stdout and "\033[32m" in done.stdout
     assert not out.exists()

@@ -299,7 +299,9 @@ def test_rows_around_the_longest_length(tokenizer, overlong):
         answer = tokenizer.decode(ids[example.answer_start :]).strip().removesuffix("<|im_end|>")
         length, _, _ = example.location.split("/")
         assert answer in ("水" * int(length), "答")
-        assert (ids[example.answer_start - 1] == close) == (example.num_think_targets > 0) or not example.num_think_targets
+        assert (ids[example.answer_start - 1] == close) == (
+            example.num_think_targets > 0
+        ) or not example.num_think_targets
 
 
 def test_a_text_that_spells_a_control_token_is_dropped_and_told(tokenizer):
@@ -325,7 +327,9 @@ def test_a_text_that_shows_nothing_is_no_text():
     assert row.messages[-1] == {"role": "assistant", "content": "答", "reasoning_content": "想"}
 
 
-@pytest.mark.parametrize("value", ["文字", 3, 2.5, True, {"text": "文字"}, {"甲": 1}, ["文字"], [3], [{"text": "文字"}], [[]]])
+@pytest.mark.parametrize(
+    "value", ["文字", 3, 2.5, True, {"text": "文字"}, {"甲": 1}, ["文字"], [3], [{"text": "文字"}], [[]]]
+)
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "think", "reasoning_details", "content",
                                  "name", "loss", "weight"])  # fmt: skip
 def test_a_known_key_of_a_message_is_read_in_each_form_or_named(key, value):

@@ -9,7 +9,9 @@ import torch
 from conftest import REAL, ROOT
 from transformers import AutoModelForCausalLM
 
-from data.exam import LETTERS, exam_prompts, exam_rows, read_exam, read_question
+from data.batches import rank_rows
+from data.choices import LETTERS, LeftOut, read_question
+from data.exam import exam_prompts, exam_rows, read_exam
 from loop.probes import is_right, letter_likelihoods
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
@@ -41,12 +43,13 @@ CMEXAM = [
 )
 def test_exams_in_their_own_columns(name, content, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    questions, left_out = read_exam([str(tmp_path / name)])
+    questions, left_out, *_ = read_exam([str(tmp_path / name)])
     assert [question.text for question in questions] == ["女性生殖腺是", "心脏有几个腔"]
     assert [question.choices[question.correct] for question in questions] == ["卵巢", "4"]
-    assert {len(question.choices) for question in questions} == {4} and left_out == ("多选题" in content)
-    again, _ = read_exam([str(tmp_path / name)])
-    assert again == questions  # the order of the choices is drawn for each question, and stays
+    assert {len(question.choices) for question in questions} == {4} and left_out.total() == ("多选题" in content)
+    assert (
+        read_exam([str(tmp_path / name)]).questions == questions
+    )  # the order of the choices is drawn for each question, and stays
 
 
 def test_choices_that_name_others_stay_where_they_are():
@@ -61,7 +64,7 @@ def test_choices_that_name_others_stay_where_they_are():
 def test_a_preference_for_a_letter_is_worth_a_guess(tmp_path):
     lines = "".join(f"{i},第{i}题,对{i},错{i},误{i},非{i},A\n" for i in range(2000))
     (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n" + lines, encoding="utf-8")
-    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    questions = read_exam([str(tmp_path / "a.csv")]).questions
     for letter in range(4):
         assert sum(question.correct == letter for question in questions) / 2000 == pytest.approx(0.25, abs=0.03)
 
@@ -71,41 +74,43 @@ def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     command = [sys.executable, "-m", "tools.exam", "none", "--exam", str(tmp_path / "a.csv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "no question with choices and one right letter" in done.stderr
+    assert done.returncode == 1 and "no question with choices and one right answer" in done.stderr
     assert "Traceback" not in done.stderr
     choices = {"options": {"A": "骨折", "B": "脱位"}, "answer": "A"}
     assert read_question({"question": "诊断是什么？", **choices}, "a")
     for row in ({"question": "看图诊断", "image": "a.png"}, {"question": "诊断？<img src='a.png'>"}):
-        assert read_question({**row, **choices}, "a") is None
+        with pytest.raises(LeftOut, match="a picture"):
+            read_question({**row, **choices}, "a")
     nine = {letter: letter for letter in "ABCDEFGHI"}
-    assert read_question({"question": "选", "option": nine, "answer": "A"}, "a") is None
+    with pytest.raises(LeftOut, match="more than 8"):
+        read_question({"question": "选", "option": nine, "answer": "A"}, "a")
     objects = [{"key": ["A"], "value": "甲"}, {"key": "B", "value": "乙"}]
-    read_question({"question": "选", "options": objects, "answer": "B"}, "a")
-    for options in (3, None, "no letters", [], {}):
-        assert read_question({"question": "?", "options": options, "answer": "A"}, "a") is None
+    for options in (3, None, "no letters", [], {}, objects[:1]):
+        with pytest.raises(LeftOut, match="no choices"):
+            read_question({"question": "?", "options": options, "answer": "A"}, "a")
 
 
 def test_likelihoods_are_those_of_transformers(small_folder, accelerator, tmp_path):
     """Packed, against one prompt at a time; and the answers that follow from them."""
     (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
-    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    questions = read_exam([str(tmp_path / "a.csv")]).questions
     own = load_tokenizer(str(small_folder))
     model = SFTModel(load_model(str(small_folder), own, gradient_checkpointing=False), 1024).eval()
     plain = AutoModelForCausalLM.from_pretrained(small_folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     prompts = exam_prompts(questions, own, "")
     assert all(prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts)
     rows = exam_rows(prompts, own)
-    found = letter_likelihoods(model, rows, own, accelerator, {"batch_size": 1, "micro_batch_tokens": 512})
+    found = letter_likelihoods(model, rank_rows(rows, batch_size=1, micro_batch_tokens=512), own, accelerator)
     ids = own.convert_tokens_to_ids(list(LETTERS))
     expected = []
     for prompt in prompts:
         logits = plain(torch.tensor([own(prompt, add_special_tokens=False)["input_ids"]])).logits[0, -1]
         expected.append(logits.log_softmax(-1)[ids].tolist())
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    right = take(str(small_folder), questions, think=False, max_new_tokens=4, accelerator=accelerator)
+    right = take(str(small_folder), questions, "", think=False, max_new_tokens=4, accelerator=accelerator)
     best = [max(range(4), key=values.__getitem__) for values in expected]
     assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
-    assert len(take(str(small_folder), questions, think=True, max_new_tokens=4, accelerator=accelerator)) == 2
+    assert len(take(str(small_folder), questions, "", think=True, max_new_tokens=4, accelerator=accelerator)) == 2
 
 
 @pytest.mark.slow
@@ -116,13 +121,13 @@ def test_lm_eval_finds_the_same_likelihoods_and_answers(small_folder, accelerato
         f"{i},第{i}题：{'头痛' * (i % 5)}宜用何药,药{i},酒{i},茶{i * i},水,{'ABCD'[i % 4]}\n" for i in range(24)
     )
     (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n" + rows, encoding="utf-8")
-    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    questions = read_exam([str(tmp_path / "a.csv")]).questions
 
     tokenizer = load_tokenizer(str(small_folder))
     prompts = exam_prompts(questions, tokenizer, "你是一个医学专家。")
     model = SFTModel(load_model(str(small_folder), tokenizer, gradient_checkpointing=False), 1024)
-    packing = {"batch_size": 1, "micro_batch_tokens": 512}
-    ours = letter_likelihoods(model, exam_rows(prompts, tokenizer), tokenizer, accelerator, packing)
+    groups = rank_rows(exam_rows(prompts, tokenizer), batch_size=1, micro_batch_tokens=512)
+    ours = letter_likelihoods(model, groups, tokenizer, accelerator)
     ours = torch.tensor(ours, dtype=torch.float64)[:, :4]
 
     harness = huggingface.HFLM(pretrained=str(small_folder), dtype="float32", device="cpu", batch_size=4)
@@ -148,12 +153,12 @@ def test_figures_are_those_of_their_formulas(tmp_path):
     assert mcnemar(ours, theirs) == mcnemar(theirs, ours) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert mcnemar(ours, ours) == 1.0
     (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
-    questions, _ = read_exam([str(tmp_path / "a.csv")])
+    questions = read_exam([str(tmp_path / "a.csv")]).questions
     assert scores_of(questions, [True, False]) == {"a": Score(1, 2), "all": Score(1, 2)}
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real exam lies beside the checkout")
 def test_a_real_exam():
-    questions, left_out = read_exam([str(REAL / "exam/test")])
-    assert len(questions) > 1900 and left_out < 10
+    questions, left_out, *_ = read_exam([str(REAL / "exam/test")])
+    assert len(questions) > 1900 and left_out.total() < 20
     assert len({question.subject for question in questions}) == 10

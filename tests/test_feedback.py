@@ -132,7 +132,7 @@ def test_pairs(kept, form, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([good_row(1)], "rows.jsonl:1 is no feedback"), ([line("a", "like")], "no reply has a correction")],
+    [([good_row(1)], "has no line of feedback"), ([line("a", "like")], "no reply has a correction")],
 )
 def test_a_file_without_pairs_is_told(jsonl, rows, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools.feedback", str(jsonl(rows)), "--export", "trl"])
@@ -180,13 +180,17 @@ def test_hostile_lines():
 def test_a_line_that_cannot_be_understood_is_neither_trained_nor_counted(change, reason, jsonl, tool):
     from tools import feedback as module
 
-    path = jsonl([line("a", "edit", correction={"content": "对。"}), {**line("b", "edit"), **change}, b'{"id": "cut of'])
+    more = [line(str(n), "dislike") for n in range(30)]
+    fixed = line("a", "edit", correction={"content": "对。"})
+    path = jsonl([*more, fixed, {**line("b", "edit"), **change}, b'{"id": "cut of'], "feedback.jsonl")
     split = load(jsonl([good_row(n) for n in range(30)], "rows.jsonl"), path,
                  val_dataset=(str(jsonl([good_row(99)], "val.jsonl")),))  # fmt: skip
     taught = [row.messages[-1]["content"] for row in split.train if row.dataset == "rows"]
-    assert len(split.train) == 31 and REPLY["content"] not in [row.messages[-1]["content"] for row in split.train], taught
+    assert len(split.train) == 31 and REPLY["content"] not in [row.messages[-1]["content"] for row in split.train], (
+        taught
+    )
     code, said = tool(module, path)
-    assert code == 0 and "1 replies: 1 corrected" in said and reason in said and "is not valid JSON" in said
+    assert code == 0 and "31 replies: 1 corrected" in said and reason in said and "is not valid JSON" in said
 
 
 def test_a_correction_takes_the_place_of_the_answers_to_its_question(jsonl):

@@ -46,7 +46,7 @@ def probed(small_folder, tmp_path_factory):
             out = folder / strategy
             done = run([*args, "--output-dir", out], strategy, log=folder / "log")
             assert set(done.codes) == {0}, done.output
-            assert "1 rows left out, because --exclude or --exam holds their question" in done.output
+            assert "1 rows left out, because --exclude or --exam holds them" in done.output
             found[strategy] = [row for row in curve(out) if "eval/loss" in row]
         return found[strategy]
 
@@ -98,8 +98,8 @@ def test_the_probe_is_what_transformers_computes(probed, small_folder):
 def test_the_exam_of_a_run_is_that_of_the_tool(probed, small_folder):
     rows = probed("one")
     assert [row["step"] for row in rows if "exam/accuracy" in row] == [0, 2, 4]
-    questions, _ = read_exam([str(probed.folder / "exam.csv")])
-    right = take(str(small_folder), questions, False, 4, Accelerator())
+    questions = read_exam([str(probed.folder / "exam.csv")]).questions
+    right = take(str(small_folder), questions, "", False, 4, Accelerator())
     assert rows[0]["exam/accuracy"] == sum(right) / 9
 
 
@@ -116,7 +116,7 @@ def test_ranks_measure_the_same(probed, strategy):
     ("arguments", "message"),
     [
         (["--exam", "none.csv"], "there is no dataset file 'none.csv'"),
-        (["--exam", "{folder}/train.jsonl"], "has no question with choices and one right letter"),
+        (["--exam", "{folder}/train.jsonl"], "has no question with choices and one right answer"),
         (["--exam", "{folder}/exam.csv", "--exam-steps", "15"], "exam_steps must be a multiple of eval_steps 30"),
     ],
 )

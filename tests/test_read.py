@@ -365,20 +365,22 @@ def test_what_gb18030_would_decode_to_other_characters_is_refused(encoding, form
     first, second, *_ = FOREIGN[encoding].splitlines()
     rows = [(f"{first}{n}", f"{second}{n}") for n in range(12)]
     path = tmp_path / f"rows.{form}"
-    lines = [f"{q},{a}" if form == "csv" else json.dumps({"question": q, "answer": a}, ensure_ascii=False) for q, a in rows]
+    lines = [
+        f"{q},{a}" if form == "csv" else json.dumps({"question": q, "answer": a}, ensure_ascii=False) for q, a in rows
+    ]
     path.write_text("\n".join([*(["question,answer"] if form == "csv" else []), *lines]) + "\n", encoding=encoding)
-    with pytest.raises(UserError, match="is no UTF-8 and (looks like|is not)"):
+    with pytest.raises(UserError, match=r"is no UTF-8 and (looks like|is not)"):
         load(path)
 
 
 def test_blank_rows_are_skipped_and_unreadable_columns_left_out(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     rows = [good_row(n) for n in range(10)]
     blank = dict.fromkeys(rows[0])
     table = pyarrow.Table.from_pylist([*rows[:5], blank, *rows[5:], blank])
-    ages = pyarrow.array([2**62] * len(table), pyarrow.timestamp("s"))
+    ages = pyarrow.array([2**42] * len(table), pyarrow.timestamp("s"))
     pyarrow.parquet.write_table(table.append_column("taken", ages), tmp_path / "rows.parquet")
     split = load(tmp_path / "rows.parquet")
     assert split.report["rows"] == 10 and split.report["unusable"] == 0
@@ -390,7 +392,6 @@ def test_blank_rows_are_skipped_and_unreadable_columns_left_out(tmp_path):
 def test_merged_cells_and_blank_rows_of_a_sheet(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
-    book.create_chartsheet("图", 0)
     sheet = book.worksheets[0]
     sheet.append(["question", "answer", "科室"])
     for n in range(12):
@@ -405,7 +406,7 @@ def test_merged_cells_and_blank_rows_of_a_sheet(tmp_path):
     (tmp_path / "page.xlsx").write_text("<html><table>")
     (tmp_path / "old.xlsx").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 600)
     (tmp_path / "none.xlsx").write_bytes(b"PK\x03\x04")
-    for name, message in (("page", "is a web page"), ("old", "old Excel"), ("none", "is no .xlsx file")):
+    for name, message in (("page", "is a web page"), ("old", "old Excel"), ("none", "cannot be read as .xlsx")):
         with pytest.raises(UserError, match=message):
             load(tmp_path / f"{name}.xlsx")
 
@@ -451,6 +452,8 @@ def test_columns_that_contain_known_words_are_proposed(jsonl):
             for n in range(20)]  # fmt: skip
     with pytest.raises(UserError, match="--columns 'question=患者问题' 'think=医生思路' 'answer=医生回答'"):
         load(jsonl(rows))
-    other = [{"病历号": n, "科室": "内科", "描述": f"头疼第{n}天怎么办？", "建议内容": f"休息{n}天。"} for n in range(20)]
+    other = [
+        {"病历号": n, "科室": "内科", "描述": f"头疼第{n}天怎么办？", "建议内容": f"休息{n}天。"} for n in range(20)
+    ]
     with pytest.raises(UserError, match="--columns 'question=描述' 'answer=建议内容'"):
         load(jsonl(other))

@@ -153,7 +153,7 @@ def test_what_the_report_says_of_thinking_and_of_an_exam(overfitted, tmp_path, p
     late = [row for row in rows if "eval/loss" in row][1:]
     for row in late:
         row |= {f"think_probe/{name}": loss for name, loss in zip(("own", "none", "other"), probe, strict=True)}
-        row |= {"exam/accuracy": 0.25, "exam/questions": 400}
+        row |= {"exam/accuracy": 0.25, "exam/questions": 400, "eval/close_accuracy": 1.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = write_report(run).read_text()
     assert (sentence in text) if sentence else ("Does the thinking help" not in text)

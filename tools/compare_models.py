@@ -48,7 +48,7 @@ MEASURES = {
     "rouge_l": "ROUGE-L of the answers, characters",
     "bleu": "BLEU of the answers, characters",
     "keyword_recall": "keywords of the reference found",
-    "keyword_precision": "keywords of the answer that are the reference's",
+    "keyword_precision": "answer's keywords in the reference",
     "closed": "thinking closed",
     "answered": "answered",
     "stopped": "stopped by itself",
@@ -99,6 +99,8 @@ def run() -> None:
     run = next(filter(None, map(run_of, args.models[::-1])), {})
     speak(run.get("language", "en"))
     examples, left_out = same_rows(args.models, rows, args.max_length or run.get("max_length", 2048), run)
+    shown = {name: name_of(name) for name in args.models}
+    shown = shown if len(set(shown.values())) == len(shown) else {name: name for name in args.models}
     results = []
     for name in args.models:
         losses = loss_of(name, examples[name], accelerator)
@@ -108,7 +110,7 @@ def run() -> None:
         references = [row.messages[-1]["content"] for row in asked]
         figures = losses | overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
         figures = {key: None if math.isnan(value) else value for key, value in figures.items()}  # NaN is no JSON
-        results.append({"model": name_of(name), **figures, "replies": [reply._asdict() for reply in replies]})
+        results.append({"model": shown[name], **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
     report = {"dataset": args.dataset, "rows": len(rows) - left_out, "left_out": left_out, "models": results}
     report["questions"] = questions
@@ -192,7 +194,9 @@ def table_rows(report: dict) -> list[tuple[str, str, str, str]]:
 def show(report: dict) -> None:
     table = Table(title=tr("{} rows of {}", report["rows"], visible(report["dataset"])))
     for index, title in enumerate(["", *(model["model"] for model in report["models"]), tr("difference")]):
-        table.add_column(visible(title), justify="right" if index else "left", overflow="fold", no_wrap=not index)
+        table.add_column(
+            visible(title), justify="right" if index else "left", overflow="fold", no_wrap=not index, min_width=8
+        )
     for row in table_rows(report):
         table.add_row(*row)
     console = Console(markup=False, emoji=False, highlight=False)
