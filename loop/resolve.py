@@ -92,8 +92,10 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         threads = tr("; threads: {}", torch.get_num_threads()) if device.type == "cpu" else ""
         say(
             tr(
-                "{} on {}{}; mixed precision: {}; compile: {}; memory: {}, about {:.1f} of {:.1f} GiB; step file: {}",
-                *(strategy, device, threads, config.mixed_precision, config.compile, plan.name),
+                "{} on {}{}; mixed precision: {}; compile: {}; gradient checkpointing: {}; memory: {}, about {:.1f} of "
+                "{:.1f} GiB; step file: {}",
+                *(strategy, device, threads, config.mixed_precision, config.compile, config.gradient_checkpointing),
+                plan.name,
                 *(plan.total / GIB, available / GIB, config.step_file),
             )
         )

@@ -147,7 +147,7 @@ def without_checkpoint(folder: Path, save_steps: int) -> TrainState:
 def set_aside(path: Path, name: str) -> str:
     """Renames a file or folder, to NAME or NAME-2 and so on if there is one already."""
     stem, dot, suffix = name.partition(".")
-    names = (name, *(f"{stem}-{number}{dot}{suffix}" for number in itertools.count(2)))
+    names = itertools.chain([name], (f"{stem}-{number}{dot}{suffix}" for number in itertools.count(2)))
     free = next(other for other in names if not path.with_name(other).exists())
     path.rename(path.with_name(free))
     return free

@@ -36,7 +36,9 @@ def merged(state_dict: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[
     One at a time, so that a card need not hold a second model.
     """
     for name, weight in state_dict.items():
-        if name.endswith(".base_layer.weight"):
+        if name.endswith(".base_layer.bias"):  # Qwen2 has some
+            yield name.replace(".base_layer.", "."), weight
+        elif name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
             a, b = (state_dict[f"{layer}.lora_{part}.{NAME}.weight"].float() for part in "AB")
             yield f"{layer}.weight", weight.float() + scale * (b @ a)

@@ -12,15 +12,15 @@ from runs import curve
 from loop.config import TrainConfig
 
 pytestmark = pytest.mark.integration
-ARGS = "tiny --max-steps 3 --eval-steps 1 --logging-steps 1 --save-steps 2 --num-samples 1 --sample-max-new-tokens 4 "
+ARGS = "tiny --max-steps 2 --eval-steps 1 --logging-steps 1 --save-steps 1 --num-samples 0 --sample-max-new-tokens 40 "
 ARGS += "--max-length 96 --val-fraction 0.3"
 # setting -> (flags of both runs, flags of the second one); {x} is a file of the folder.
 CHANGES = {
     "dataset": ("", "--dataset {other}"),
     "columns": ("", "--columns think=note"),
     "system_prompt": ("", "--system-prompt 简短回答。"),
-    "max_length": ("", "--max-length 48"),
-    "overlong": ("--max-length 48", "--overlong drop"),
+    "max_length": ("", "--max-length 36"),
+    "overlong": ("--max-length 36", "--overlong drop"),
     "val_fraction": ("", "--val-fraction 0.5"),
     "split_seed": ("", "--split-seed 7"),
     "val_dataset": ("", "--val-dataset {other}"),
@@ -46,22 +46,22 @@ CHANGES = {
     "weight_decay": ("", "--weight-decay 0.9"),
     "max_grad_norm": ("", "--max-grad-norm 0.01"),
     "num_train_epochs": ("--max-steps -1 --num-train-epochs 1", "--num-train-epochs 2"),
-    "max_steps": ("", "--max-steps 2"),
+    "max_steps": ("", "--max-steps 1"),
     "seed": ("", "--seed 7"),
-    "eval_steps": ("", "--eval-steps 3"),
+    "eval_steps": ("", "--eval-steps 2"),
     "per_device_eval_batch_size": ("", "--per-device-eval-batch-size 1"),
     "think_probe": ("", "--think-probe"),
     "exam": ("", "--exam {exam}"),
     "exam_steps": ("--exam {exam}", "--exam-steps 2"),
-    "early_stopping_patience": ("--early-stopping-min-delta 9", "--early-stopping-patience 1"),
-    "early_stopping_min_delta": ("--early-stopping-patience 1", "--early-stopping-min-delta 9"),
-    "num_samples": ("", "--num-samples 2"),
-    "sample_budget": ("", "--sample-budget 1e-6"),
-    "sample_max_new_tokens": ("", "--sample-max-new-tokens 2"),
+    "early_stopping_patience": ("--max-steps 3 --warmup-ratio 0 --early-stopping-min-delta 9", "--early-stopping-patience 1"),
+    "early_stopping_min_delta": ("--max-steps 3 --warmup-ratio 0 --early-stopping-patience 1", "--early-stopping-min-delta 9"),
+    "num_samples": ("", "--num-samples 1"),
+    "sample_budget": ("--num-samples 1", "--sample-budget 1e-6"),
+    "sample_max_new_tokens": ("--num-samples 1 --max-steps 60 --eval-steps 60", "--sample-max-new-tokens 1"),
     "output_dir": ("", "--output-dir {rows}-elsewhere"),
-    "logging_steps": ("", "--logging-steps 3"),
-    "save_steps": ("", "--save-steps 1"),
-    "save_total_limit": ("--save-steps 1", "--save-total-limit 3"),
+    "logging_steps": ("", "--logging-steps 2"),
+    "save_steps": ("", "--save-steps 2"),
+    "save_total_limit": ("--max-steps 3", "--save-total-limit 3"),
     "language": ("", "--language en"),
     "swanlab_project": ("--swanlab-mode offline", "--swanlab-project other"),
     "run_name": ("", "--run-name other"),
@@ -129,7 +129,7 @@ def test_a_setting_acts(name, files, baselines, tmp_path):
         if not more:
             baselines[" ".join(both)] = found[0]
         if name not in ("resume", "output_dir") and out.exists():
-            out.rename(tmp_path / "before")
+            out.rename(tmp_path / f"run-{len(found)}")
     assert found[0] != found[1]
 
 
