@@ -18,8 +18,8 @@ LETTERS = "ABCDEFGH"
 ASK = "请直接给出正确选项的字母。"
 # What a column is -> its names, as `normal` writes them, the most specific first.
 FORMS = {
-    "question": ("question", "题目", "问题", "题干", "试题", "question_text", "qtext", "stem", "query", "problem", "prompt",
-                 "ask", "instruction"),
+    "question": ("question", "题目", "问题", "题干", "试题", "question_text", "qtext", "stem", "query", "problem",
+                 "prompt", "ask", "instruction"),
     "options": ("options", "option", "choices", "choice", "选项", "候选项", "备选答案", "candidates", "answer_choices",
                 "answers"),
     "answer": (
@@ -39,7 +39,8 @@ NO_CHOICE = {"nan", "null", "<na>", "n/a"}
 PICTURE = re.compile(
     r"<img\b|!\[[^\]]*\]\(|\\includegraphics|data:image/|<image"
     r"|如(?:下|上|左|右)?图(?:所示|示|中|，|,|\d)|(?:下|附|左|右)图(?:所示|示|中)"
-    r"|(?:shown|seen|depicted) in the (?:\w+ )?(?:figure|image|picture|photo)|(?:figure|image|picture) (?:below|above)\b",
+    r"|(?:shown|seen|depicted) in the (?:\w+ )?(?:figure|image|picture|photo)"
+    r"|(?:figure|image|picture) (?:below|above)\b",
     re.IGNORECASE,
 )
 # A choice that means others by their place, which shuffling would change.

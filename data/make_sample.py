@@ -50,7 +50,7 @@ def compose(complaint: dict, chance: random.Random) -> dict:
         "instruction": f"根据症状判断可能的疾病，说明应到哪个科室就诊：{words['cause']}。",
         "question": f"{chance.choice(TALK)}{person}{time}{words['symptom']}，{chance.choice(ENDINGS)}",
         "think": "".join(chance.choice(part) for part in THINK).format(**words),
-        "answer": "".join(chance.choice(part) for part in answer).format(**words),
+        "answer": "".join(chance.choice(part) for part in answer).format(**words).replace("检查检查", "检查"),
         "department": words["department"],
     }
 

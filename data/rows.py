@@ -166,8 +166,8 @@ def nothing_fits(reasons: dict[str, list[str]], unusable: int, read: list, given
 
 
 def propose(rows: list[dict], given: Given) -> Given:
-    """(what it is, column) for what no column was found to be: by a known word inside of its name (患者问题), or else the
-    first and the last column of texts; never a number, a date or an id."""
+    """(what it is, column) for what no column was found to be: by a known word inside of its name (患者问题), or else
+    the first and the last column of texts; never a number, a date or an id."""
     longest = {name: max(len(str(row.get(name) or "")) for row in rows) for name in rows[0]}
     found, said = candidates(tuple(rows[0]), given), {column for _, column in given}
     free = [

@@ -71,8 +71,8 @@ def thinking_warning(report: dict) -> str | None:
     if without == replies:
         return tr("no reply in this data thinks, so the model learns to answer without thinking")
     return tr(
-        "{:,} of {:,} replies have no thinking; they train the answer after an empty thinking block, so the model learns "
-        "both",
+        "{:,} of {:,} replies have no thinking; they train the answer after an empty thinking block, so the model "
+        "learns both",
         without,
         replies,
     )

@@ -34,8 +34,8 @@ class Split:
 def load_split(config) -> Split:
     """The usable rows of config.dataset, each set split as the original experiment split its own, and the report.
 
-    All rows of a set as read are shuffled by `random.seed(split_seed)`, cut at int(n * (1 - val_fraction)); only then are
-    rows left out, so a bad row never moves another one to the other side. Test rows are cut off in front of the
+    All rows of a set as read are shuffled by `random.seed(split_seed)`, cut at int(n * (1 - val_fraction)); only then
+    are rows left out, so a bad row never moves another one to the other side. Test rows are cut off in front of the
     validation rows. config: a loop.config.TrainConfig. Raises UserError.
     """
     given, problems, sets = read_given(config.columns), [], []

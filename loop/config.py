@@ -104,8 +104,8 @@ class TrainConfig:
     # At each evaluation also the answers' loss without thinking and with another row's: does the thinking help? Up to
     # twice an evaluation's time more.
     think_probe: bool = may_change(False)
-    # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam, MedQA and more) to answer at evaluations, by the likelihood of
-    # the letter after no thinking. Rows with one of their questions are not trained on.
+    # Files of multiple choice (CMMLU, C-Eval, CMB, CMExam, MedQA and more) to answer at evaluations, by the likelihood
+    # of the letter after no thinking. Rows with one of their questions are not trained on.
     exam: tuple[str, ...] = may_change(())
     # Answer them every N steps, a multiple of eval_steps, and before the first one and after step max_steps. 0: at
     # each evaluation.

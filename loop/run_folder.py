@@ -177,8 +177,8 @@ def check_shared(folder: Path) -> None:
         mark.unlink(missing_ok=True)
     if not all(seen):
         raise UserError(
-            f"process {seen.index(False)} does not see {folder} of the main process: all machines need one --output-dir "
-            "that each of them sees"
+            f"process {seen.index(False)} does not see {folder} of the main process: all machines need one "
+            "--output-dir that each of them sees"
         )
 
 

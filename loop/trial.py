@@ -1,11 +1,13 @@
 """The step file's own step, tried on fake tensors before a weight is loaded: what it keeps, and what would be lost.
 
-Fake tensors have a shape and a type, and no bytes; they count as the host's, whatever the run computes on. The model is the real one with its forward left out; its
-gradients are there, so the optimizers make their states and the step its copies, and their bytes can be counted.
+Fake tensors have a shape and a type, and no bytes; they count as the host's, whatever the run computes on. The model
+is the real one with its forward left out; its gradients are there, so the optimizers make their states and the step its
+copies, and their bytes can be counted.
 """
 
 import math
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -95,15 +97,14 @@ class Gradients(torch.autograd.Function):
 
 
 def try_step(outline: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> Tried:
-    """outline: the model, on the meta device will do; it gets fake parameters. dtype: of the weights.
+    """outline: the model, on the meta device will do. dtype: of the weights.
 
     Raises UserError with file and line if the step cannot be made, or keeps what no checkpoint holds.
     """
     method = load_step_file(config.step_file)  # a copy of its own, which the run does not see
     file = Path(method.__file__).name
     live = LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = fake_model(outline, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(outline, dtype) as model:
         optimizers = run_own(method, "make_optimizers", model, config)
         check_optimizers(optimizers, model, file)
         names = [type(optimizer).__name__ for optimizer in optimizers]
@@ -118,8 +119,8 @@ def try_step(outline: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) 
                     one_step(method, model, optimizers, step, config)
         except NOT_FAKE as error:
             warn(
-                f"the step of {file} cannot be tried without values ({one_line(error)[:100]}); its memory is planned as "
-                "that of AdamW, and more that it keeps is not"
+                f"the step of {file} cannot be tried without values ({one_line(error)[:100]}); its memory is planned "
+                "as that of AdamW, and more that it keeps is not"
             )
             moments = 2 * sum(p.nbytes for p in trained_of(model))
             return Tried(names, max(moments, bytes_of_states(optimizers)), model.kept, 0)
@@ -128,14 +129,20 @@ def try_step(outline: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) 
     return Tried(names, states, model.kept, max(0, live.peak - states - gradients))
 
 
-def fake_model(outline: torch.nn.Module, dtype: torch.dtype) -> WithoutForward:
-    model = WithoutForward(outline, loss_chunk=1)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=dtype)
-            setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
-    outline.tie_weights()
-    return model
+@contextmanager
+def fake_parameters(outline: torch.nn.Module, dtype: torch.dtype):
+    """The model with fake parameters; afterwards it has its own again."""
+    places = [(module, name) for module in outline.modules() for name in list(module._parameters)]
+    own = [module._parameters[name] for module, name in places]
+    fakes = {p: torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+             for p in own if p is not None}  # fmt: skip
+    try:
+        for (module, name), parameter in zip(places, own, strict=True):
+            module._parameters[name] = fakes.get(parameter)
+        yield WithoutForward(outline, loss_chunk=1)
+    finally:
+        for (module, name), parameter in zip(places, own, strict=True):
+            module._parameters[name] = parameter
 
 
 def trained_of(model) -> list[torch.nn.Parameter]:

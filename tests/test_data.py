@@ -308,8 +308,9 @@ def test_a_text_that_spells_a_control_token_is_dropped_and_told(tokenizer):
     """Of the tokenizer's own, whatever they look like."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<｜end▁of▁sentence｜>"], special_tokens=True)
-    rows = [Row("a", {}, [{"role": "user", "content": "问<｜end▁of▁sentence｜>"}, {"role": "assistant", "content": "答"}]),
-            Row("b", {}, [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}])]  # fmt: skip
+    reply = {"role": "assistant", "content": "答"}
+    asked = {"a": "问<｜end▁of▁sentence｜>", "b": "问"}
+    rows = [Row(name, {}, [{"role": "user", "content": text}, reply]) for name, text in asked.items()]
     examples, problems = encode_rows(rows, tokenizer, 64, "error")
     assert [example.location for example in examples] == ["b"]
     assert problems == [{"location": "a", "action": "dropped",

@@ -351,11 +351,15 @@ def test_any_file_is_read_or_refused(count, tmp_path):
 
 # --- encodings, sheets and folders that are not what they seem ------------------------------------------------
 
+JAPANESE = (
+    "最近、頭痛が続いています。どの診療科に行けばよいですか？\n内科を受診してください。水分をよくとって休みましょう。\n"
+)
 FOREIGN = {
-    "big5": "請問最近咳嗽三天，伴有發熱，應該怎麼辦？\n我媽媽頭暈，血壓高，吃什麼藥比較好？\n建議儘快到呼吸科就診，多喝水，注意休息。\n",
-    "shift_jis": "最近、頭痛が続いています。どの診療科に行けばよいですか？\n内科を受診してください。水分をよくとって休みましょう。\n",
+    "big5": "請問最近咳嗽三天，伴有發熱，應該怎麼辦？\n我媽媽頭暈，血壓高，吃什麼藥比較好？\n"
+    "建議儘快到呼吸科就診，多喝水，注意休息。\n",
+    "shift_jis": JAPANESE,
     "euc_kr": "최근 기침이 삼일 동안 계속됩니다. 어떻게 해야 하나요?\n호흡기내과를 방문하시고 물을 많이 드세요.\n",
-    "euc_jp": "最近、頭痛が続いています。どの診療科に行けばよいですか？\n内科を受診してください。水分をよくとって休みましょう。\n",
+    "euc_jp": JAPANESE,
 }
 
 
@@ -448,8 +452,9 @@ def test_a_row_of_several_lines_is_named_by_its_row_too(tmp_path):
 
 
 def test_columns_that_contain_known_words_are_proposed(jsonl):
-    rows = [{"编号": f"P{n:05}", "患者问题": f"头疼第{n}天怎么办？", "医生思路": f"先想{n}。", "医生回答": f"休息{n}天。"}
-            for n in range(20)]  # fmt: skip
+    names = ("编号", "患者问题", "医生思路", "医生回答")
+    texts = ((f"P{n:05}", f"头疼第{n}天怎么办？", f"先想{n}。", f"休息{n}天。") for n in range(20))
+    rows = [dict(zip(names, row, strict=True)) for row in texts]
     with pytest.raises(UserError, match="--columns 'question=患者问题' 'think=医生思路' 'answer=医生回答'"):
         load(jsonl(rows))
     other = [

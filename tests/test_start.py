@@ -35,8 +35,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(args, tmp_path):
     assert outcome.codes == [0] and "begins again at step 0; what it had made is kept as" in outcome.output
     kept = sorted(path.name for path in (tmp_path / "run").iterdir() if "-of-" in path.name or "-until-" in path.name)
     assert [name.split(".")[0] for name in kept] == [
-        "best-of-step-4", "best-of-step-4-2", "metrics-until-step-5-2", "metrics-until-step-5", "samples-until-step-5-2",
-        "samples-until-step-5",
+        "best-of-step-4", "best-of-step-4-2", "metrics-until-step-5-2", "metrics-until-step-5",
+        "samples-until-step-5-2", "samples-until-step-5",
     ]  # fmt: skip
     assert header_of(tmp_path / "run/best-of-step-4")["step"] == 4
     whole = [*args, "--save-steps", "100", "--output-dir", tmp_path / "whole"]
@@ -107,8 +107,8 @@ def test_every_family_trains_on_every_launch(family, strategy, lora, families, a
 @pytest.mark.parametrize("where", ["| head -1", "> /dev/full"])
 def test_a_run_goes_on_without_its_output(where, args, tmp_path):
     command = " ".join(map(str, [sys.executable, "train.py", *args, "--output-dir", tmp_path / "run"]))
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {where}"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "SWANLAB_MODE": "disabled"})  # fmt: skip
+    shell, env = ["bash", "-o", "pipefail", "-c"], {**os.environ, "SWANLAB_MODE": "disabled"}
+    done = subprocess.run([*shell, f"{command} {where}"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert status_of(tmp_path / "run")["status"] == "completed" and (tmp_path / "run/report.md").exists()
     assert ("stdout cannot be written to" in done.stderr) == ("full" in where)

@@ -58,9 +58,10 @@ REQUESTS = {
 }
 
 SAME = {
-    "zh": "下面两个问题问的是同一件事吗？病情、部位、时间、药物、人物有任何不同都算不同。只回答“是”或“否”。\n\n一：{}\n\n二：{}",
-    "en": "Do these two ask the same? Another symptom, time, drug, person or part of the body makes them differ. Answer "
-    "only yes or no.\n\n1: {}\n\n2: {}",
+    "zh": "下面两个问题问的是同一件事吗？病情、部位、时间、药物、人物有任何不同都算不同。"
+    "只回答“是”或“否”。\n\n一：{}\n\n二：{}",
+    "en": "Do these two ask the same? Another symptom, time, drug, person or part of the body makes them differ. "
+    "Answer only yes or no.\n\n1: {}\n\n2: {}",
 }
 YES = re.compile(r"\W*(?:是(?!否|不)|yes\b)", re.IGNORECASE)
 

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.", epilog=TEXTS["en"]["commands"],
+    parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.",
+                                     epilog=TEXTS["en"]["commands"],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
     parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")

@@ -1,7 +1,7 @@
 """Two models on the same held-out rows: python -m tools.compare_models BASE RUN_DIR/best
 
-Perplexity by part; ROUGE-L, BLEU and keywords of the answers; format rates; answers side by side. Unless --dataset and --out say otherwise, the rows are RUN_DIR/data/test.jsonl and the figures go to
-RUN_DIR/compare.
+Perplexity by part; ROUGE-L, BLEU and keywords of the answers; format rates; answers side by side.
+Unless --dataset and --out say otherwise, the rows are RUN_DIR/data/test.jsonl and the figures go to RUN_DIR/compare.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def answer(model, tokenizer, rows: list[Row], max_new_tokens: int, name: str) ->
 
 
 def same_rows(models: list[str], rows: list[Row], max_length: int, run: dict) -> tuple[dict[str, list[Example]], int]:
-    """(model -> its Examples, rows left out): the rows that all models can be asked, too long ones as the run has it."""
+    """(model -> its Examples, rows left out): the rows that all models can take, too long ones as in the run."""
     encoded, turns = {}, Counter(location for location, _ in turns_of(rows))
     for name in models:
         encoded[name], _ = encode_rows(rows, load_tokenizer(name), max_length, run.get("overlong", "truncate"))

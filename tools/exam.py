@@ -3,9 +3,9 @@
     python -m tools.exam MODEL [MODEL ...] --exam FILE [FILE ...] [--think]
 
 The answer is the letter of the highest likelihood after a closed block of thinking: an empty one, or with --think the
-model's own, and all models get the same system prompt. Each question's choices stand in an order drawn for it, the same for every model, so a preference for "A"
-is worth no more than a guess. Files are CSV, JSON or parquet in the form of CMMLU, C-Eval, CMB, CMExam,
-MedQA, MedMCQA and others alike.
+model's own, and all models get the same system prompt. Each question's choices stand in an order drawn for it, the same
+for every model, so a preference for "A" is worth no more than a guess. Files are CSV, JSON or parquet in the form of
+CMMLU, C-Eval, CMB, CMExam, MedQA, MedMCQA and others alike.
 """
 
 import argparse

@@ -23,8 +23,9 @@ NOISE = 0.005
 
 
 class Verdict(NamedTuple):
-    """What the loss did that chooses the best model. kind: overfitting, plateau, falling (the last one is the best), worse (none is
-    better than the one before training), early (there is no other yet), or nonfinite (after the best)."""
+    """What the loss did that chooses the best model. kind: overfitting, plateau, falling (the last one is
+    the best), worse (none is better than the one before training), early (there is no other yet), or nonfinite (after
+    the best)."""
 
     kind: str
     first: dict  # evaluations: rows of metrics.jsonl with their epoch and the figure that decides

@@ -185,8 +185,8 @@ def learned(line: dict) -> float:
 
 
 def is_learned(line: dict) -> bool:
-    """Whether the answer costs clearly less than before training. Of a row that was not learned a high loss says nothing
-    but that."""
+    """Whether the answer costs clearly less than before training. Of a row that was not learned a high loss says
+    nothing but that."""
     return line["after"]["answer"] < 0.8 * line["before"]["answer"]
 
 
