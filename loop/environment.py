@@ -11,7 +11,8 @@ def set_before_torch() -> None:
     # Huge pages for large tensors: 1.4 times faster on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Threads that wait for each other spin before they sleep. Beside other work on the machine that takes the core from
-    # the one that is waited for, so they spin for a moment only: libgomp, and Intel's (ms).
+    # the one that is waited for: beside two busy processes a short spin trains `tiny` 1.6 times as fast, and alone as
+    # fast as a long one (benchmarks/RESULTS.md). libgomp, and Intel's, in ms.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         os.environ.setdefault("KMP_BLOCKTIME", "1")
