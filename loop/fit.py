@@ -19,7 +19,7 @@ from loop.probes import Evaluation
 from loop.resolve import resolve
 from loop.run import Run
 from loop.step_file import load_step_file
-from loop.trial import check_multiplier
+from loop.trial import finite
 from model.lora import add_lora
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer, meta_model
@@ -76,8 +76,7 @@ def fit(config: TrainConfig) -> bool:
                 # --- one optimizer step; its randomness is a function of (seed, step, rank) ---
                 seed_step(config.seed, state.step, accelerator.process_index)
                 batch = to_device(data.batch(state.step, config), device)
-                multiplier = method.lr_multiplier(state.step, config.max_steps, config)
-                check_multiplier(multiplier, state.step, method)
+                multiplier = finite(method.lr_multiplier(state.step, config.max_steps, config), method)
                 metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
                 run.stepped(metrics, batch, optimizers)
             checkpoints.wait(is_last=True)

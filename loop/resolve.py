@@ -68,6 +68,15 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         warn("this CPU emulates bf16, which is several times slower than fp32: --mixed-precision no")
     if config.max_length > (positions := outline.config.max_position_embeddings):
         warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
+    announce(config, data, plans, available, accelerator)
+    needed = disk_of(plan, outline, config, shards)
+    on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
+    return config, plan
+
+
+def announce(config: TrainConfig, data: Data, plans: dict[str, Plan], available: float, accelerator) -> None:
+    """What acts, before a weight is loaded; on a dry run all of it."""
+    device, processes, plan = accelerator.device, accelerator.num_processes, plans[config.memory]
     if config.dry_run:
         say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
     say(report_table(data.split.report, config.dry_run))
@@ -78,7 +87,7 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         tr(
             "{:,} optimizer steps of {} rows (per_device_train_batch_size {} x gradient_accumulation_steps {} x {} "
             "processes)",
-            max_steps,
+            config.max_steps,
             data.rows_per_step(config),
             *batch,
         )
@@ -99,9 +108,6 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
                 *(plan.total / GIB, available / GIB, config.step_file),
             )
         )
-    needed = disk_of(plan, outline, config, shards)
-    on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
-    return config, plan
 
 
 def what_to_compile(config: TrainConfig, device: torch.device, tokens: int, vocabulary: int) -> str:

@@ -152,8 +152,7 @@ def trained_of(model) -> list[torch.nn.Parameter]:
 def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> None:
     rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial") for _ in range(2)]
     batch = make_batch(rows, batch_size=1, step=step)
-    multiplier = run_own(method, "lr_multiplier", step, max(1, config.max_steps), config)
-    check_multiplier(multiplier, step, method)
+    finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
     metrics = run_own(method, "train_step", model, optimizers, batch, Alone(model.live), 1.0, config)
     if not isinstance(metrics, StepMetrics):
         raise UserError(f"train_step in {name_of(method)} returned {type(metrics).__name__}; it returns StepMetrics")
@@ -210,16 +209,15 @@ def name_of(method: ModuleType) -> str:
     return Path(method.__file__).name
 
 
-def check_multiplier(multiplier, step: int, method: ModuleType) -> None:
-    """Raises UserError if it is no finite number."""
+def finite(multiplier, method: ModuleType):
+    """What lr_multiplier gave. Raises UserError if it is no finite number."""
     try:
         is_finite = math.isfinite(multiplier)
     except TypeError:
         is_finite = False
     if not is_finite:
-        raise UserError(
-            f"lr_multiplier in {name_of(method)} gave {multiplier!r} at step {step}; it gives a finite number"
-        )
+        raise UserError(f"lr_multiplier in {name_of(method)} gave {multiplier!r}; it gives a finite number")
+    return multiplier
 
 
 def check_optimizers(optimizers, model, file: str) -> None:
