@@ -22,7 +22,7 @@ CASES = {
     ],
     "recipes": [
         {"memory": memory, "lengths": LENGTHS, "step_file": f"recipes/{recipe}.py"}
-        for recipe, memory in (("ema", "16g"), ("sam", "24g"))
+        for recipe, memory in (("sam", "24g"), ("ema", "16g"))
     ],
     "small cards": [
         {"memory": "32g", "lengths": LENGTHS},

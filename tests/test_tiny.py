@@ -25,7 +25,7 @@ def test_tiny_overfits_and_answers_questions_that_it_has_not_seen(train_py, tmp_
     ends by itself, and the right department."""
     out = tmp_path / "tiny"
     done = train_py("tiny", "--output-dir", out, timeout=1800, OMP_NUM_THREADS=None)
-    assert "early stopped" in done.stdout and status_of(out)["status"] == "early_stopped"
+    assert "已早停" in done.stdout and status_of(out)["status"] == "early_stopped"
     losses = [row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row]
     best = losses.index(min(losses))
     assert losses[0] > 7 and losses[best] < 0.3 and best == len(losses) - 4 and losses[-1] > losses[best] * 1.005
