@@ -18,7 +18,7 @@ def chinese() -> dict[str, str]:
     return yaml.safe_load(Path(__file__).with_name("zh.yaml").read_text(encoding="utf-8"))
 
 
-def tr(text: str, *values, **named) -> str:
+def tr(text: str, *values) -> str:
     """text with values in the place of {}, in Chinese if that is spoken and known."""
     text = chinese().get(text, text) if SPOKEN["language"] == "zh" else text
-    return text.format(*values, **named)
+    return text.format(*values)

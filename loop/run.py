@@ -193,6 +193,11 @@ class Run:
         """Records one step. Raises Diverged if gradients stay non-finite."""
         state, max_steps = self.state, self.config.max_steps
         state.stepped(metrics)
+        rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        if not all(map(math.isfinite, rates)):  # of a step that sets its own
+            raise UserError(
+                f"{self.config.step_file} set a learning rate that is not finite in step {state.step}: {rates}"
+            )
         if self.progress.stepped(batch.num_tokens) > 1 and self.accelerator.device.type == "cpu":
             return_freed_memory()
         if not metrics.finite:

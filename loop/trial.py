@@ -5,6 +5,7 @@ is the real one with its forward left out; its gradients are there, so the optim
 copies, and their bytes can be counted.
 """
 
+import logging
 import math
 import weakref
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from loop.state import StepMetrics
 from loop.step_file import line_of, load_step_file
 from model.loss import SFTModel
 
+# It logs a traceback of each error; the message about it is ours.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 # What a code that is right may raise on tensors without values.
 NOT_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
             NotImplementedError, RuntimeError)  # fmt: skip
@@ -196,12 +199,12 @@ class Alone:
 
 
 def run_own(method: ModuleType, name: str, *args):
-    """One of the five functions. What it raises becomes a message with its line."""
+    """One of the five functions. What it raises becomes a message with its line, unless it may lack values only."""
     try:
         return getattr(method, name)(*args)
-    except (UserError, *NOT_FAKE):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or (name == "train_step" and isinstance(error, NOT_FAKE)):
+            raise
         raise UserError(f"{name} in {line_of(error, method)}: {type(error).__name__}: {one_line(error)}") from error
 
 

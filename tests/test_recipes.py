@@ -183,6 +183,7 @@ BAD = {
         "train_step in typo.py, line 70: AttributeError",
     ),
     "nan_rate.py": ([("    warmup_steps = ", "    return math.nan\n    warmup_steps = ")], "nan_rate.py gave nan"),
+    "cannot.py": ([(ADAMW, "[torch.zeros(2) @ torch.zeros(3)]")], "make_optimizers in cannot.py, line"),
     "counts.py": (
         [
             ("    return metrics\n", "    SEEN.append(1)\n    return metrics\n"),
