@@ -7,11 +7,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from data.errors import UserError
-from data.language import speak, tr
-from loop.command_line import parse_config
-from loop.console import is_main_process, keep_going_without_output, prepare_terminal, refuse
-from loop.environment import set_before_torch
+from data.base.console import is_main_process, keep_going_without_output, prepare_terminal, refuse
+from data.base.errors import UserError
+from data.base.language import speak, tr
+from loop.start.command_line import parse_config
+from loop.start.environment import set_before_torch
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,8 +22,8 @@ def main(args: list[str] | None = None) -> None:
     speak(config.language)
     # Heavy imports wait until the command line is known to be right.
     from loop.fit import fit
-    from loop.launcher import chat_command, end_with_launcher
-    from loop.run_folder import claim
+    from loop.record.run_folder import claim
+    from loop.start.launcher import chat_command, end_with_launcher
 
     folder = Path(config.output_dir)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from loop.environment import set_before_torch  # noqa: E402
+from loop.start.environment import set_before_torch  # noqa: E402
 
 set_before_torch()
 
@@ -25,10 +25,10 @@ def main() -> None:
 
     from data.batches import make_batch
     from data.encode import Example
-    from loop.checkpoint_writer import CheckpointWriter
     from loop.config import TrainConfig
     from loop.distributed import make_accelerator, prepare, to_device
-    from loop.memory import PROFILES
+    from loop.record.checkpoint_writer import CheckpointWriter
+    from loop.start.memory import PROFILES
     from loop.state import TrainState
     from loop.step import make_optimizers, train_step
     from model.attention import PACKED

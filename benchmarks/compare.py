@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from loop.environment import set_before_torch  # noqa: E402
+from loop.start.environment import set_before_torch  # noqa: E402
 
 SMALL = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
              intermediate_size=1536)  # fmt: skip
@@ -195,7 +195,7 @@ def train_ours(args, config, rows, device):
     from data.batches import make_batch
     from loop.config import TrainConfig
     from loop.distributed import make_accelerator, prepare, to_device
-    from loop.memory import PROFILES, plan_all
+    from loop.start.memory import PROFILES, plan_all
     from loop.step import make_optimizers, train_step
     from model.attention import PACKED
     from model.loss import SFTModel

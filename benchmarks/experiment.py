@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loop.command_line import parse_config  # noqa: E402
-from loop.run_folder import read_run, read_status  # noqa: E402
-from tools.record import read_lines  # noqa: E402
+from loop.record.run_folder import read_run, read_status  # noqa: E402
+from loop.start.command_line import parse_config  # noqa: E402
+from tools.reports.record import read_lines  # noqa: E402
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from loop.environment import set_before_torch  # noqa: E402
+from loop.start.environment import set_before_torch  # noqa: E402
 
 CARDS = {"32g": 31.0, "24g": 23.0, "16g": 15.0}  # GiB that such a card has
 

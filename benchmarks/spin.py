@@ -1,4 +1,4 @@
-"""How long waiting threads spin: libgomp's own 300,000 turns against the 10,000 of loop/environment.py.
+"""How long waiting threads spin: libgomp's own 300,000 turns against the 10,000 of loop/start/environment.py.
 
     python benchmarks/spin.py [--pairs 5] [--busy 2] [--processes 2] [train.py's arguments]
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.errors import UserError
-from data.rows import Row
+from data.base.errors import UserError
+from data.reading.rows import Row
 from data.template import generation_prompt, whole_text
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy
 import torch
 
+from data.base.errors import UserError
 from data.encode import Example, encode_rows
-from data.errors import UserError
-from data.rows import MANY, Row, show_progress
+from data.reading.rows import MANY, Row, show_progress
 from data.split import Split
 
 CHUNK = 1_000  # rows that a process takes at a time

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from data.base.errors import UserError
 from data.batches import MicroBatch, collate
-from data.choices import LETTERS, Cells, LeftOut, Question, base_of, read_question, say_left_out
 from data.encode import Example, token_ids
-from data.errors import UserError
-from data.read import read_file
-from data.source import find_source
+from data.reading.choices import LETTERS, Cells, LeftOut, Question, base_of, read_question, say_left_out
+from data.reading.read import read_file
+from data.reading.source import find_source
 from data.template import generation_prompt
 
 SPLITS = ("test", "validation", "valid", "val", "eval", "dev", "train")  # of a folder; the first with answers is asked

@@ -6,12 +6,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-from data.choices import Cells
-from data.errors import UserError
-from data.formats import Ambiguous, Given, as_columns, read_row
-from data.read import read_file
-from data.source import find_source
-from data.texts import NARROW
+from data.base.errors import UserError
+from data.reading.choices import Cells
+from data.reading.formats import Ambiguous, Given, as_columns, read_row
+from data.reading.read import read_file
+from data.reading.source import find_source
+from data.reading.texts import NARROW
 
 # Signs that make another number or another name of it: 1.5 and 15, 3-5 and 35, -3 and 3, C# and C.
 IN_NUMBERS = re.compile(r"(?<=\d)\s*([.,:、])\s*(?=\d)|(?<=[0-9A-Za-z])\s*([-+*/^#&])|([-+*/^#&])(?=\s*[0-9A-Za-z])")

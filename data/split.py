@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from data.errors import UserError
+from data.base.errors import UserError
 from data.exam import Exam, read_exam
 from data.leaks import Excluded, question_key
-from data.rows import Row, check_columns, read_given, read_set
+from data.reading.rows import Row, check_columns, read_given, read_set
 
 MAX_GROUPS = 20  # values of --group-by with a loss of their own; the rest is one more
 OTHERS = "..."

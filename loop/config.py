@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-# What a column of a dataset can be; data/formats.py has the names by which it is told.
+# What a column of a dataset can be; data/reading/formats.py has the names by which it is told.
 ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options", "rewrites")
 
 

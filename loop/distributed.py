@@ -22,11 +22,11 @@ from accelerate.utils import (
 from accelerate.utils.operations import recursively_apply
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 
+from data.base.console import is_main_process
+from data.base.errors import UserError
 from data.batches import seed_of
-from data.errors import UserError
 from loop.config import TrainConfig
-from loop.console import is_main_process
-from loop.launcher import check_launcher, num_threads
+from loop.start.launcher import check_launcher, num_threads
 
 
 class Accelerator(accelerate.Accelerator):

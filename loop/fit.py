@@ -6,20 +6,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import say
+from data.base.language import tr
 from data.dataset import Data, load_data
-from data.language import tr
-from loop.checkpoint import check_ranks_agree, load_checkpoint
-from loop.checkpoint_writer import CheckpointWriter
 from loop.config import TrainConfig
-from loop.console import say
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
-from loop.interrupt import Interrupt, Stopped
-from loop.memory import PROFILES
 from loop.probes import Evaluation
-from loop.resolve import resolve
+from loop.record.checkpoint import check_ranks_agree, load_checkpoint
+from loop.record.checkpoint_writer import CheckpointWriter
+from loop.record.interrupt import Interrupt, Stopped
 from loop.run import Run
-from loop.step_file import load_step_file
-from loop.trial import finite
+from loop.start.memory import PROFILES
+from loop.start.resolve import resolve
+from loop.start.step_file import load_step_file
+from loop.start.trial import finite
 from model.lora import add_lora
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer, meta_model

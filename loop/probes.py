@@ -6,14 +6,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from data.base.console import say
+from data.base.language import tr
 from data.batches import Collated
-from data.choices import LETTERS, Question
 from data.dataset import Data
 from data.encode import Example, encode_turns, render_prompt, shorten_thinking, token_ids, turns_of
 from data.exam import collate_exam, exam_prompts, exam_rows
-from data.language import tr
+from data.reading.choices import LETTERS, Question
 from loop.config import TrainConfig
-from loop.console import say
 from loop.evaluate import EvalMetrics, LossOfGroups, evaluate
 
 

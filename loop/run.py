@@ -12,23 +12,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from data.base.console import is_main_process, say, warn
+from data.base.errors import UserError
+from data.base.files import write_json, write_lines
+from data.base.language import tr
 from data.dataset import Data
 from data.encode import digest
-from data.errors import UserError
-from data.language import tr
 from data.split import split_files
-from loop.checkpoint_writer import SaveError, together
 from loop.config import TrainConfig
-from loop.console import is_main_process, say, warn
 from loop.distributed import on_main_process
-from loop.environment import return_freed_memory
 from loop.evaluate import EvalMetrics
-from loop.files import write_json, write_lines
-from loop.interrupt import Interrupt, Stopped
-from loop.launcher import launch_command, resume_command
-from loop.memory import GIB, PROFILES, Plan
-from loop.progress import Progress
-from loop.run_folder import (
+from loop.record.checkpoint_writer import SaveError, together
+from loop.record.interrupt import Interrupt, Stopped
+from loop.record.progress import Progress
+from loop.record.run_folder import (
     FINISHED,
     check_same_run,
     check_shared,
@@ -42,10 +39,13 @@ from loop.run_folder import (
     utc,
     write_status,
 )
+from loop.record.tracking import Tracker, peak_memory_gib
 from loop.samples import Samples
+from loop.start.environment import return_freed_memory
+from loop.start.launcher import launch_command, resume_command
+from loop.start.memory import GIB, PROFILES, Plan
+from loop.start.step_file import record
 from loop.state import StepMetrics, TrainState, learning_rates
-from loop.step_file import record
-from loop.tracking import Tracker, peak_memory_gib
 from model.export import card, export
 
 WEIGHTED = "eval/weighted_loss"  # decides which model is the best, unless the step file names another figure

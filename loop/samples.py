@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from data.base.console import is_main_process, say, warn
+from data.base.language import tr
 from data.dataset import Data
 from data.encode import render_prompt
-from data.language import tr
-from data.rows import Row
+from data.reading.rows import Row
 from loop.config import TrainConfig
-from loop.console import is_main_process, say, warn
-from loop.interrupt import Interrupt
+from loop.record.interrupt import Interrupt
+from loop.record.tracking import Tracker, keep_rows
 from loop.state import TrainState
-from loop.tracking import Tracker, keep_rows
 from model.generate import Reply, format_rates, load_for_generation, ready_to_generate, reply_to
 
 NUM_OF_BEST = 32  # questions that the best model answers

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from data.errors import UserError
+from data.base.errors import UserError
 from loop.evaluate import mean, total
 
 MAX_NONFINITE_IN_A_ROW = 3
@@ -40,7 +40,7 @@ class StepMetrics(NamedTuple):
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         numbers = torch.cat([loss_sums.flatten(), grad_norm.reshape(1)])
-        if isinstance(numbers, FakeTensor):  # the step is tried before the run: see loop/trial.py
+        if isinstance(numbers, FakeTensor):  # the step is tried before the run: see loop/start/trial.py
             return cls(0.0, 0.0, batch.num_think_targets, batch.num_answer_targets, grad_norm=1e3)
         *sums, grad_norm = numbers.tolist()
         return cls(total(sums[::2]), total(sums[1::2]), batch.num_think_targets, batch.num_answer_targets, grad_norm)

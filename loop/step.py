@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from loop.adamw_8bit import adamw_8bit
 from loop.state import StepMetrics
+from model.adamw_8bit import adamw_8bit
 
 
 def make_optimizers(model, config) -> list[torch.optim.Optimizer]:

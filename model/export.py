@@ -13,9 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from data.source import public_name
-from loop.console import visible
-from loop.files import write_json
+from data.base.console import visible
+from data.base.files import write_json
+from data.reading.source import public_name
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
 

@@ -13,8 +13,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from data.base.errors import UserError, one_line
 from data.encode import control_tokens
-from data.errors import UserError, one_line
 from data.template import generation_prompt, has_block, opens_block
 from model.qwen3 import find_model
 

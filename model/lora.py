@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from data.errors import cannot_import
+from data.base.errors import cannot_import
 
 NAME = "default"  # peft's own, for the one adapter of a model
 

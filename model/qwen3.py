@@ -14,9 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from data.errors import UserError, one_line
-from data.hub import download, is_hub_id
-from loop.console import say
+from data.base.console import say
+from data.base.errors import UserError, one_line
+from data.reading.hub import download, is_hub_id
 from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,8 +9,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from loop.adamw_8bit import adamw_8bit
 from loop.state import StepMetrics
+from model.adamw_8bit import adamw_8bit
 
 DECAY = 0.9  # from one layer to the one below it
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from loop.adamw_8bit import adamw_8bit
 from loop.state import StepMetrics
+from model.adamw_8bit import adamw_8bit
 
 ETA = 1e-8
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from data.errors import UserError
-from loop.adamw_8bit import adamw_8bit
+from data.base.errors import UserError
 from loop.state import StepMetrics
+from model.adamw_8bit import adamw_8bit
 
 RHO = 0.05  # in units of the weights, over all parameters together
 

@@ -102,7 +102,7 @@ def best(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def english(monkeypatch):
     """Messages stay English, whatever the language of a run; tests/test_language.py has the Chinese ones."""
-    monkeypatch.setattr("data.language.SPOKEN", English(language="en"))
+    monkeypatch.setattr("data.base.language.SPOKEN", English(language="en"))
 
 
 class English(dict):

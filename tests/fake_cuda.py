@@ -143,12 +143,12 @@ PARTITIONED = aot_autograd(
 
 
 def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, **settings) -> dict:
-    """The second of two steps over rows of these lengths, and what loop/memory.py predicts of it."""
+    """The second of two steps over rows of these lengths, and what loop/start/memory.py predicts of it."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    import loop.memory
+    import loop.start.memory
     from loop.distributed import make_accelerator, prepare, to_device
-    from loop.step_file import load_step_file
+    from loop.start.step_file import load_step_file
     from model.attention import PACKED
     from model.lora import add_lora
     from model.loss import SFTModel
@@ -161,7 +161,7 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
         outline = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:
         add_lora(outline, config.lora_rank, "")
-    plan = loop.memory.plan_all(config, outline, lengths, accelerator.device, 1, [memory])[memory]
+    plan = loop.start.memory.plan_all(config, outline, lengths, accelerator.device, 1, [memory])[memory]
     profile = plan.profile
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
     batch = make_batch(rows, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)

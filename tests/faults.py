@@ -65,7 +65,7 @@ def in_step(step: int, action) -> None:
 
 def once_written(step: int, action) -> None:
     """action() in the update after `step` completed steps, once the checkpoint before it is written."""
-    from loop.checkpoint_writer import CheckpointWriter
+    from loop.record.checkpoint_writer import CheckpointWriter
 
     writers = []
     before(CheckpointWriter, "save", lambda: None, lambda self, *_: writers.append(self))
@@ -94,17 +94,17 @@ def kill_at(stage: str) -> None:
     """SIGKILL the first time that a save or an export reaches a stage."""
     from torch.distributed.checkpoint import FileSystemWriter
 
-    import loop.checkpoint_writer
+    import loop.record.checkpoint_writer
     import model.export
 
     if stage == "begin":
-        before(loop.checkpoint_writer.dcp, "save", kill)
+        before(loop.record.checkpoint_writer.dcp, "save", kill)
     elif stage == "shards":
         after(FileSystemWriter, "write_data", kill, lambda *_: rank() == 0)
     elif stage == "second_rank":
         before(FileSystemWriter, "write_data", kill, lambda *_: rank() == 1)
     elif stage == "before_rename":
-        after(loop.checkpoint_writer, "write_json", kill, lambda path, _: path.name == "manifest.json")
+        after(loop.record.checkpoint_writer, "write_json", kill, lambda path, _: path.name == "manifest.json")
     elif stage == "after_rename":
         after(Path, "rename", kill, lambda path, _: path.name.startswith(".tmp-step"))
     elif stage == "pruning":
@@ -116,7 +116,7 @@ def kill_at(stage: str) -> None:
 
         doomed = []
         before(
-            loop.checkpoint_writer.shutil,
+            loop.record.checkpoint_writer.shutil,
             "rmtree",
             half_way,
             lambda path, *_: ".trash-" in str(path) and not doomed.append(path),
@@ -164,7 +164,7 @@ def record_rows(folder: str) -> None:
 def resave(folder: str) -> None:
     """Saves what a resume has loaded, before any step is made, as another checkpoint."""
     import loop.fit
-    from loop.checkpoint_writer import CheckpointWriter
+    from loop.record.checkpoint_writer import CheckpointWriter
     from loop.state import TrainState
 
     load = loop.fit.load_checkpoint
@@ -240,7 +240,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.api import CheckpointException
 
-    import loop.checkpoint_writer
+    import loop.record.checkpoint_writer
     import loop.run
     import model.export
 
@@ -257,7 +257,10 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
         before(loop.run.Run, "evaluated", lambda: None, lambda run, *_: now.__setitem__(0, run.state.step))
     else:
         before(
-            loop.checkpoint_writer, "write_checkpoint", lambda: None, lambda *args: now.__setitem__(0, args[2]["step"])
+            loop.record.checkpoint_writer,
+            "write_checkpoint",
+            lambda: None,
+            lambda *args: now.__setitem__(0, args[2]["step"]),
         )
 
     def fail():
@@ -269,7 +272,7 @@ def write_fails(error: str, steps, only_rank: int = 0, where: str = "shards") ->
     if where == "shards":
         before(FileSystemWriter, "write_data", fail, here)
     elif where == "manifest":
-        before(loop.checkpoint_writer, "write_json", fail, here)
+        before(loop.record.checkpoint_writer, "write_json", fail, here)
     elif where == "export":
         before(model.export, "generation_config", fail, here)
     else:
@@ -286,9 +289,9 @@ def started_apart() -> None:
 
 def card_of(gib: float) -> None:
     """The device has so much memory."""
-    import loop.resolve
+    import loop.start.resolve
 
-    loop.resolve.memory_of = lambda device: gib * 2**30
+    loop.start.resolve.memory_of = lambda device: gib * 2**30
 
 
 def kill_in_loading() -> None:
@@ -336,10 +339,10 @@ def disk_of(gigabytes: float) -> None:
     """The disk has so much room."""
     import collections
 
-    import loop.resolve
+    import loop.start.resolve
 
     usage = collections.namedtuple("usage", "free")(gigabytes * 1e9)
-    loop.resolve.shutil = type("shutil", (), {"disk_usage": staticmethod(lambda _: usage)})
+    loop.start.resolve.shutil = type("shutil", (), {"disk_usage": staticmethod(lambda _: usage)})
 
 
 def fill_disk(step: int, file: str, free: int) -> None:
@@ -360,13 +363,13 @@ def as_on_windows() -> None:
     sys.modules["fcntl"] = sys.modules["resource"] = None
     for name in ("sysconf", "sched_getaffinity"):
         delattr(os, name)
-    import loop.files
-    import loop.interrupt
-    import loop.tracking
+    import data.base.files
+    import loop.record.interrupt
+    import loop.record.tracking
 
-    loop.interrupt.SIGNALS = [signal.SIGTERM, signal.SIGINT]
+    loop.record.interrupt.SIGNALS = [signal.SIGTERM, signal.SIGINT]
     memory = type("memory", (), {"peak_wset": 2**30})
-    loop.tracking.psutil = type(
+    loop.record.tracking.psutil = type(
         "psutil", (), {"Process": lambda: type("p", (), {"memory_info": lambda self: memory})()}
     )
     opened = os.open
@@ -376,7 +379,7 @@ def as_on_windows() -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *args, **kwargs)
 
-    loop.files.os = type("os", (), {**vars(os), "name": "nt", "open": no_folders})
+    data.base.files.os = type("os", (), {**vars(os), "name": "nt", "open": no_folders})
 
 
 def refuse_fp64() -> None:

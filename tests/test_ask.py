@@ -10,7 +10,7 @@ import pytest
 from conftest import ANSWER, SYSTEM, THINK, good_row
 
 from data.encode import encode_rows
-from data.rows import Row
+from data.reading.rows import Row
 from tools import augment, replay
 
 NOT_THE_SAME = augment.Augment.not_the_same
@@ -54,7 +54,7 @@ def endpoint():
 @pytest.fixture
 def quick(monkeypatch):
     """Failed requests are given up at once, and no model judges."""
-    monkeypatch.setattr("tools.ask.RETRIES", 0)
+    monkeypatch.setattr("tools.shared.ask.RETRIES", 0)
     for name in ("unlike", "not_the_same"):
         monkeypatch.setattr(augment.Augment, name, lambda self, *_: [])
 
@@ -118,7 +118,7 @@ def test_what_was_made_before_the_endpoint_failed_is_kept_and_gone_on_with(
     failure, endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
 ):
     """It dies, or answers nonsense: at the end all rows are there once, those asked in vain were asked again."""
-    monkeypatch.setattr("tools.ask.MAX_USELESS", 16)
+    monkeypatch.setattr("tools.shared.ask.MAX_USELESS", 16)
     path, out = jsonl([good_row(i) for i in range(50)]), tmp_path / "out.jsonl"
     args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
     endpoint.reply = lambda asked: reworded(asked) if int(re.findall(r"第(\d+)个", asked)[-1]) <= 20 else failure
@@ -158,7 +158,7 @@ def test_an_endpoint_that_is_not_there(tool, quick, jsonl, tmp_path, best):
 def test_a_block_of_dialogues_is_no_failure_and_a_whole_file_stays(
     endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
 ):
-    monkeypatch.setattr("tools.ask.MAX_USELESS", 16)
+    monkeypatch.setattr("tools.shared.ask.MAX_USELESS", 16)
     endpoint.reply = reworded
     turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
     path, out = jsonl([good_row(i) for i in range(3)] + [{"messages": turns}] * 40), tmp_path / "out.jsonl"

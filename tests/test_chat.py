@@ -280,7 +280,7 @@ def free_port() -> int:
 
 
 def test_history_as_a_browser_and_as_a_client_send_it():
-    from tools.web import spoken
+    from tools.page.web import spoken
 
     def blocks(text):
         return [{"type": "text", "text": text}]

@@ -13,9 +13,9 @@ from conftest import good_row
 from ranks import run
 from runs import status_of
 
-from loop.command_line import parse_config
 from loop.config import PRESETS, TrainConfig
-from loop.progress import Progress
+from loop.record.progress import Progress
+from loop.start.command_line import parse_config
 
 
 def refused(train_py, *args, **env) -> str:

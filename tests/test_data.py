@@ -11,11 +11,11 @@ import pytest
 from conftest import REAL, ROOT, SYSTEM, good_row, load
 from transformers import AutoTokenizer
 
+from data.base.errors import UserError
 from data.batches import collate, rank_batches, step_batch, step_indices, steps_per_epoch
 from data.encode import encode_rows
-from data.errors import UserError
-from data.formats import read_row
-from data.rows import Row
+from data.reading.formats import read_row
+from data.reading.rows import Row
 from data.split import split_files, to_format
 
 USER = {"role": "user", "content": "头痛怎么办？"}

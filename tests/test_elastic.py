@@ -9,7 +9,7 @@ from conftest import good_row
 from ranks import run
 from runs import assert_same, assert_same_end, curve, metrics_of, newest, status_of, weights_and_moments
 
-from loop.checkpoint import checkpoints
+from loop.record.checkpoint import checkpoints
 
 pytestmark = pytest.mark.integration
 

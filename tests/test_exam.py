@@ -10,8 +10,8 @@ from conftest import REAL, ROOT
 from transformers import AutoModelForCausalLM
 
 from data.batches import rank_rows
-from data.choices import LETTERS, LeftOut, read_question
 from data.exam import exam_prompts, exam_rows, read_exam
+from data.reading.choices import LETTERS, LeftOut, read_question
 from loop.probes import is_right, letter_likelihoods
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer

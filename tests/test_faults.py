@@ -21,7 +21,7 @@ from runs import (
     weights_and_moments,
 )
 
-from loop.checkpoint import checkpoints, newest_sound, verify
+from loop.record.checkpoint import checkpoints, newest_sound, verify
 from model.generate import load_for_generation
 
 pytestmark = pytest.mark.integration

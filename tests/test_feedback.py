@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import SYSTEM, good_row, load
 
+from data.base.errors import UserError
 from data.encode import encode_rows
-from data.errors import UserError
-from data.feedback import append_feedback, correction_of, newest, take_feedback
+from data.reading.feedback import append_feedback, correction_of, newest, take_feedback
 from tools.feedback import main as feedback
 from tools.feedback import pairs
-from tools.web import Page, Replies
+from tools.page.web import Page, Replies
 
 QUESTION = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "头晕？"}]
 REPLY = {"role": "assistant", "content": "多喝水。", "reasoning_content": "想一想。"}

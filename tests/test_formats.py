@@ -7,9 +7,9 @@ from conftest import SYSTEM, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
-from data.formats import Ambiguous, read_row
-from data.texts import TAG
+from data.base.errors import UserError
+from data.reading.formats import Ambiguous, read_row
+from data.reading.texts import TAG
 
 Q, T, A = (
     "我头晕一天了，要看医生吗？",

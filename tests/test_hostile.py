@@ -25,14 +25,14 @@ from runs import files_of, newest, weights_and_moments
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
+from data.base.errors import UserError
+from data.base.files import write_json, write_lines
 from data.encode import encode_rows
-from data.errors import UserError
 from data.split import split_files
-from loop.checkpoint import fingerprints
-from loop.command_line import parse_config
 from loop.config import TrainConfig
-from loop.files import write_json, write_lines
-from loop.run_folder import claim
+from loop.record.checkpoint import fingerprints
+from loop.record.run_folder import claim
+from loop.start.command_line import parse_config
 from model.export import export
 from model.qwen3 import load_model
 
@@ -140,7 +140,7 @@ def test_any_configuration_file_is_taken_or_refused(count, tmp_path, monkeypatch
     def unreachable(*_):
         raise UserError("ModelScope is out of reach")
 
-    monkeypatch.setattr("data.source.download", unreachable)
+    monkeypatch.setattr("data.reading.source.download", unreachable)
     monkeypatch.setattr("model.qwen3.download", unreachable)
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True,
@@ -292,7 +292,7 @@ def test_a_member_of_an_enum_is_all_that_getattr_may_name():
 
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
-    from loop.safe_pickle import MetadataUnpickler
+    from loop.record.safe_pickle import MetadataUnpickler
 
     class Attribute:
         def __init__(self, *of):

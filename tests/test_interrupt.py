@@ -9,7 +9,7 @@ from conftest import good_row
 from ranks import run, uninterrupted
 from runs import assert_same_end, newest, status_of
 
-from loop.interrupt import Interrupt
+from loop.record.interrupt import Interrupt
 
 # An evaluation before the first step, after two steps, and after the last one.
 ARGS = ["tiny", "--max-steps", "4", "--val-fraction", "0.3", "--eval-steps", "2", "--save-steps", "100"]

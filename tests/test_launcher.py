@@ -10,7 +10,7 @@ from conftest import good_row
 from ranks import run
 from runs import assert_same_end
 
-from loop.launcher import DECIDED_HERE, UNSUPPORTED, num_threads
+from loop.start.launcher import DECIDED_HERE, UNSUPPORTED, num_threads
 
 # Every variable that the installed accelerate names.
 SOURCES = [path.read_text(encoding="utf-8") for path in Path(accelerate.__file__).parent.rglob("*.py")]

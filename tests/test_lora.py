@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from data.batches import make_batch
 from loop.config import TrainConfig
-from loop.memory import PROFILES, predict
+from loop.start.memory import PROFILES, predict
+from loop.start.trial import try_step
 from loop.step import train_step
-from loop.trial import try_step
 from model.export import export
 from model.lora import add_lora, merged
 from model.qwen3 import load_model, meta_model

@@ -9,12 +9,12 @@ from ranks import run
 from runs import assert_same_end, metrics_of, newest, weights_and_moments
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import loop.resolve
-from data.errors import UserError
+import loop.start.resolve
+from data.base.errors import UserError
 from loop.config import TrainConfig
-from loop.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
+from loop.start.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
+from loop.start.trial import try_step
 from loop.step import make_optimizers
-from loop.trial import try_step
 from model.attention import PACKED
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
@@ -71,10 +71,10 @@ def test_settings_take_the_place_of_the_profiles(qwen3):
 
 def test_auto_compiles_where_it_can_and_pays(monkeypatch):
     def compiled(tokens=3_000_000, device=CARD, compilers=("cc", "g++"), vocabulary=151936, **changes):
-        monkeypatch.setattr(loop.resolve, "which", lambda name: name if name in compilers else None)
-        return loop.resolve.what_to_compile(TrainConfig(**changes), device, tokens, vocabulary)
+        monkeypatch.setattr(loop.start.resolve, "which", lambda name: name if name in compilers else None)
+        return loop.start.resolve.what_to_compile(TrainConfig(**changes), device, tokens, vocabulary)
 
-    monkeypatch.setattr(loop.resolve, "compiles", lambda: True)
+    monkeypatch.setattr(loop.start.resolve, "compiles", lambda: True)
     assert compiled() == "on" and compiled(device=CPU) == "loss"
     assert compiled(tokens=100_000) == "off" and compiled(tokens=100_000, device=CPU, vocabulary=2048) == "off"
     for device in (CARD, CPU):
@@ -82,7 +82,7 @@ def test_auto_compiles_where_it_can_and_pays(monkeypatch):
         assert compiled(device=device, compile="off") == "off" and compiled(device=device, compile="on") == "on"
         with pytest.raises(UserError, match="compiler; install"):
             compiled(device=device, compile="on", compilers=())
-    monkeypatch.setattr(loop.resolve, "compiles", lambda: False)  # a compiler without headers, say
+    monkeypatch.setattr(loop.start.resolve, "compiles", lambda: False)  # a compiler without headers, say
     assert compiled(device=CPU) == "off"
     assert compiled(device=CPU, dry_run=True) == "loss"  # which compiles nothing
 

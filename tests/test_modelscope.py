@@ -12,7 +12,7 @@ import pytest
 from ranks import run
 from runs import metrics_of
 
-from data.source import SAMPLE
+from data.reading.source import SAMPLE
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

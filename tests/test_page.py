@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ranks import free_port
 
-from data.feedback import correction_of, problem_of
-from tools.web import Page, Panel, Replies, bubbles, spoken
+from data.reading.feedback import correction_of, problem_of
+from tools.page.web import Page, Panel, Replies, bubbles, spoken
 
 PIECES = (
     "每日3~5次", "7~10天", "2*3*4 mg", "_下划线_", "**粗**", "`码`", "a <b and c> d", "AST<ULN", "<b>粗</b>",
@@ -35,7 +35,7 @@ def test_300_replies_are_shown_character_by_character():
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium")
-    from tools.web import plain_chatbot
+    from tools.page.web import plain_chatbot
 
     said, port = replies(300), free_port()
     history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]

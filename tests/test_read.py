@@ -11,9 +11,9 @@ from conftest import good_row, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.errors import UserError
-from data.read import read_file
-from data.source import find_source, public_name
+from data.base.errors import UserError
+from data.reading.read import read_file
+from data.reading.source import find_source, public_name
 
 ROWS = [good_row(index) for index in range(20)]
 TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -251,7 +251,7 @@ def hub(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)))
 
-    monkeypatch.setattr("data.source.download", download)
+    monkeypatch.setattr("data.reading.source.download", download)
     return add
 
 

@@ -12,7 +12,7 @@ from runs import assert_same_end, metrics_of, newest, weights_and_moments
 from safetensors.torch import load_file
 
 from data.batches import make_batch
-from loop.step_file import load_step_file
+from loop.start.step_file import load_step_file
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 STEP = ROOT / "loop/step.py"

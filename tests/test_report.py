@@ -12,13 +12,13 @@ from conftest import ROOT
 from ranks import run
 from runs import metrics_of
 
-from data.errors import UserError
-from data.source import SAMPLE
-from tools.answers import keyword_overlap, overlap
+from data.base.errors import UserError
+from data.reading.source import SAMPLE
 from tools.compare_models import main as compare
-from tools.record import collapse, judge
 from tools.report import main as report
 from tools.report import quote, write_report
+from tools.reports.record import collapse, judge
+from tools.shared.answers import keyword_overlap, overlap
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,7 +13,7 @@ from conftest import good_row
 from ranks import Ranks, run, uninterrupted
 from runs import assert_same_end, newest, status_of, weights_and_moments
 
-from loop.checkpoint import checkpoints, verify
+from loop.record.checkpoint import checkpoints, verify
 
 pytestmark = pytest.mark.integration
 

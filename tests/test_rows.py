@@ -11,7 +11,7 @@ from conftest import ROOT, good_row
 from ranks import run
 from runs import metrics_of
 
-from data.source import SAMPLE
+from data.reading.source import SAMPLE
 from tools.rows import beyond, standard
 from tools.rows import main as study
 

@@ -12,7 +12,7 @@ from conftest import good_row
 from ranks import run
 from runs import TIMES, files_of, metrics_of
 
-from loop.checkpoint import checkpoints
+from loop.record.checkpoint import checkpoints
 from loop.samples import prompts
 from model.generate import load_for_generation, reply_to
 

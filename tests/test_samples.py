@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 from data.batches import collate, make_batch
 from data.dataset import Data
 from data.encode import encode_rows
-from data.formats import read_row
-from data.rows import Row
+from data.reading.formats import read_row
+from data.reading.rows import Row
 from loop.config import TrainConfig
 from loop.evaluate import evaluate, parts_of
+from loop.record.tracking import Tracker, keep_rows
 from loop.samples import Samples, prompts
 from loop.state import TrainState
 from loop.step import train_step
-from loop.tracking import Tracker, keep_rows
 from model.export import export
 from model.generate import Reply, format_rates, ready_to_generate, reply_to, split_reply
-from tools.record import read_lines
+from tools.reports.record import read_lines
 
 
 def plain_logits(causal_lm, example):

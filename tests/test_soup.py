@@ -11,7 +11,7 @@ from runs import metrics_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.formats import read_row
+from data.reading.formats import read_row
 from model.export import export, system_prompt_of
 from model.qwen3 import load_model, load_tokenizer
 from tools import soup

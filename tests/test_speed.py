@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from transformers import AttentionInterface
 
 from data.batches import pack, rank_batches, share_out
-from loop.checkpoint_writer import CheckpointWriter
 from loop.distributed import prepare
+from loop.record.checkpoint_writer import CheckpointWriter
 from loop.state import TrainState
 from loop.step import make_optimizers
 from model.attention import PACKED
@@ -134,7 +134,7 @@ def test_compiled_layers_compute_the_same(make_model, examples, attention, check
 
 def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples, tmp_path, monkeypatch):
     """The write is held back; the training goes on meanwhile, and the next save waits for it."""
-    import loop.checkpoint_writer
+    import loop.record.checkpoint_writer
 
     accelerator = Accelerator()
     model = make_model()
@@ -151,8 +151,8 @@ def test_a_checkpoint_holds_what_was_when_it_was_asked_for(make_model, examples,
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {names[p]: {key: value.clone() for key, value in kept.items()} for p, kept in optimizer.state.items()}
-    release, write = threading.Event(), loop.checkpoint_writer.write_checkpoint
-    monkeypatch.setattr(loop.checkpoint_writer, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
+    release, write = threading.Event(), loop.record.checkpoint_writer.write_checkpoint
+    monkeypatch.setattr(loop.record.checkpoint_writer, "write_checkpoint", lambda *args: (release.wait(), write(*args)))
     with CheckpointWriter(tmp_path / "checkpoints", 2, torch.device("cpu")) as writer:
         state = TrainState("id", step=1)
         writer.save(model, optimizers, state)

@@ -7,7 +7,7 @@ from conftest import good_row, load
 from ranks import run
 from runs import assert_same_end, metrics_of, newest, status_of
 
-from data.errors import UserError
+from data.base.errors import UserError
 from data.leaks import question_key
 
 

@@ -122,7 +122,7 @@ def test_a_script_can_ask_for_the_folder_of_a_run(tmp_path):
         ("tiny", "--output-dir=z", "--resume"): "z",
     }
     for arguments, folder in cases.items():
-        command = [sys.executable, "-m", "loop.command_line", *arguments]
+        command = [sys.executable, "-m", "loop.start.command_line", *arguments]
         assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == folder + "\n"
 
 

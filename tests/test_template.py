@@ -9,9 +9,9 @@ from ranks import run
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+from data.base.errors import UserError
 from data.encode import encode_rows
-from data.errors import UserError
-from data.rows import Row
+from data.reading.rows import Row
 from data.template import generation_prompt
 from model.generate import split_reply
 from model.qwen3 import generation_config, load_tokenizer, tiny_tokenizer

@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import metrics_of, status_of
 
-from data.formats import read_row
-from data.make_sample import ROWS_OF_EACH, make_rows
-from data.source import SAMPLE
+from benchmarks.make_sample import ROWS_OF_EACH, make_rows
+from data.reading.formats import read_row
+from data.reading.source import SAMPLE
 from model.generate import format_rates, load_for_generation, reply_to
 
 

@@ -9,8 +9,8 @@ from ranks import run
 
 from data.dataset import load_data
 from data.encode import encode_rows
-from data.formats import read_row
-from data.rows import Row
+from data.reading.formats import read_row
+from data.reading.rows import Row
 from model.qwen3 import tiny_tokenizer
 
 REWRITES = {5: ["甲5？", "乙5？"], 7: ["甲7？"], 11: ["甲11？", "乙11？", "丙11？"]}

@@ -20,12 +20,13 @@ from collections import Counter
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import run_tool
 from data.encode import token_ids
 from data.leaks import question_key
-from data.rows import Row
-from loop.console import run_tool
+from data.reading.rows import Row
 from model.qwen3 import load_tokenizer
-from tools.ask import (
+from tools.rows import Contexts, load, losses_of
+from tools.shared.ask import (
     ASKED,
     Endpoint,
     Local,
@@ -37,7 +38,6 @@ from tools.ask import (
     say_how_to_train,
     to_bytes,
 )
-from tools.rows import Contexts, load, losses_of
 
 DIGITS = re.compile(r"\d+(?:[.:/]\d+)*")
 TEMPERATURE = 1.0  # at Qwen3's 0.6 many rewrites are copies

@@ -13,15 +13,15 @@ import yaml
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from data.errors import UserError
-from loop.checkpoint import fingerprints
-from loop.console import prepare_terminal, visible
+from data.base.console import prepare_terminal, visible
+from data.base.errors import UserError
+from loop.record.checkpoint import fingerprints
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
-from tools.record import name_of, run_of
+from tools.reports.record import name_of, run_of
 
-TEXTS = yaml.safe_load(Path(__file__).with_name("page.yaml").read_text(encoding="utf-8"))
+TEXTS = yaml.safe_load(Path(__file__).with_name("page") / "texts.yaml".read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
     language = args.language or run_of(args.model).get("language", "zh")
     if args.web:
-        from tools.web import Page, serve
+        from tools.page.web import Page, serve
 
         sha256 = sha256_of(find_model(args.model)) if args.feedback else ""
         serve(

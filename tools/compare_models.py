@@ -17,24 +17,24 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import run_tool, visible
+from data.base.errors import UserError, cannot_import
+from data.base.files import write_text
+from data.base.language import speak, tr
 from data.batches import rank_batches
 from data.encode import Example, encode_rows, turns_of
-from data.errors import UserError, cannot_import
-from data.formats import Given
-from data.language import speak, tr
-from data.rows import Row, read_given
-from loop.console import run_tool, visible
+from data.reading.formats import Given
+from data.reading.rows import Row, read_given
 from loop.evaluate import evaluate, perplexity
-from loop.files import write_text
-from loop.run_folder import read_run
+from loop.record.run_folder import read_run
 from loop.samples import prompts
 from model.export import system_prompt_of
 from model.generate import BATCH, Reply, fast_dtype, format_rates, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
-from tools.answers import keyword_overlap, overlap
-from tools.record import name_of, read_rows, run_of
 from tools.report import TEMPLATES
+from tools.reports.record import name_of, read_rows, run_of
+from tools.shared.answers import keyword_overlap, overlap
 
 PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is; * where lower is better

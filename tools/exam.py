@@ -20,19 +20,19 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import run_tool, visible
+from data.base.files import write_text
+from data.base.language import speak, tr
 from data.batches import rank_rows
-from data.choices import Question
 from data.exam import exam_prompts, exam_rows, read_exam
-from data.language import speak, tr
+from data.reading.choices import Question
 from data.template import CLOSE, OPEN, opens_block
-from loop.console import run_tool, visible
-from loop.files import write_text
 from loop.probes import is_right, letter_likelihoods
 from model.export import system_prompt_of
 from model.generate import chat_tokenizer, fast_dtype, load_for_generation, reply_to
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model
-from tools.record import name_of, run_of
+from tools.reports.record import name_of, run_of
 
 TOKENS = 2048  # laid end to end in one forward
 

@@ -9,12 +9,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data.errors import UserError
-from data.feedback import correction_of, is_feedback, newest, problem_of
-from data.read import read_file
+from data.base.console import run_tool, warn
+from data.base.errors import UserError
+from data.base.files import write_lines
+from data.reading.feedback import correction_of, is_feedback, newest, problem_of
+from data.reading.read import read_file
 from data.template import CLOSE, OPEN
-from loop.console import run_tool, warn
-from loop.files import write_lines
 
 
 def read_feedback(path: Path) -> list[dict]:

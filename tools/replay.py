@@ -14,11 +14,12 @@ from collections import Counter
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from data.rows import Row
-from loop.console import run_tool
+from data.base.console import run_tool
+from data.reading.rows import Row
 from model.generate import Reply
 from model.qwen3 import load_tokenizer
-from tools.ask import (
+from tools.rows import load
+from tools.shared.ask import (
     ASKED,
     Endpoint,
     Local,
@@ -29,7 +30,6 @@ from tools.ask import (
     reasons,
     say_how_to_train,
 )
-from tools.rows import load
 
 SHARE = 0.1  # of a run's training rows
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data.errors import UserError
-from data.source import public_name
+from data.base.console import run_tool
+from data.base.errors import UserError
+from data.base.files import write_text
+from data.reading.source import public_name
 from loop.config import TrainConfig
-from loop.console import run_tool
-from loop.files import write_text
-from loop.step_file import DEFAULT as STEP_FILE
+from loop.start.step_file import DEFAULT as STEP_FILE
 from model.export import TEMPLATES as CARDS
 from model.export import plain
-from tools.plots import draw, draw_runs
-from tools.record import NOISE, Record, collapse, name_of, read_record
+from tools.reports.plots import draw, draw_runs
+from tools.reports.record import NOISE, Record, collapse, name_of, read_record
 
 NUM_ANSWERS = 5
 FEW_PROBED = 30  # of fewer rows nothing is said about the thinking
@@ -53,7 +53,7 @@ def is_number(value) -> bool:
 
 
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "report_templates"),
+    loader=FileSystemLoader(Path(__file__).parent / "reports" / "templates"),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

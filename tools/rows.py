@@ -28,19 +28,19 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import run_tool, visible
+from data.base.errors import UserError
+from data.base.files import write_lines
+from data.base.language import speak, tr
 from data.batches import Collated, rank_rows
 from data.encode import Example, encode_turns, shorten_thinking
-from data.errors import UserError
-from data.language import speak, tr
-from data.rows import Row
-from loop.console import run_tool, visible
+from data.reading.rows import Row
 from loop.evaluate import LossOfGroups, evaluate
-from loop.files import write_lines
-from loop.run_folder import read_run
+from loop.record.run_folder import read_run
 from model.generate import fast_dtype
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
-from tools.record import read_side
+from tools.reports.record import read_side
 
 SUSPECT = 3.5  # deviations from the median, above which a row stands out (Iglewicz and Hoaglin 1993)
 TOKENS = 2048  # laid end to end in one forward

@@ -17,20 +17,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from data.base.console import run_tool
+from data.base.errors import UserError
+from data.base.language import speak, tr
 from data.batches import Collated, rank_rows
 from data.encode import Example, encode_rows
-from data.errors import UserError
 from data.exam import exam_prompts, exam_rows, read_exam
-from data.language import speak, tr
-from data.rows import read_given
-from loop.console import run_tool
+from data.reading.rows import read_given
 from loop.evaluate import EvalMetrics, evaluate
 from loop.probes import is_right, letter_likelihoods
 from model.export import export, system_prompt_of
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_tokenizer
-from tools.record import name_of, read_rows, run_of
 from tools.report import TEMPLATES
+from tools.reports.record import name_of, read_rows, run_of
 from tools.rows import TOKENS, load
 
 PACKING = {"batch_size": 1, "micro_batch_tokens": TOKENS}

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 srun python train.py "$@" --resume
-folder=$(python -m loop.command_line "$@")
+folder=$(python -m loop.start.command_line "$@")
 if grep -q '"status": "interrupted"' "$folder/run_status.json"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,0 +1,288 @@
+"""Memory profiles: what each of them sets and changes, and the bytes that a run will need. GiB are 2**30 bytes."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from data.base.console import warn
+from data.base.errors import UserError
+from data.base.language import tr
+from loop.config import TrainConfig
+from loop.start.trial import Tried, try_step
+
+GIB = 2**30
+# Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
+# its rules on the allocations of a step); Python and its libraries.
+OVERHEAD = {"cuda": 1.7 * GIB, "cpu": 0.7 * GIB}
+# Bytes that autograd keeps of one token in one layer, for each of hidden_size, query, key and intermediate_size, by
+# what decides them: (bytes of a weight, of a number in a matrix product, layers are compiled). tests/test_cuda_fake.py
+# holds them against the tensors of a step.
+KEPT = {
+    (4, 2, False): (26, 10, 10, 8),
+    (4, 2, True): (10, 6, 6, 6),
+    (2, 2, False): (16, 10, 10, 8),
+    (2, 2, True): (8, 6, 6, 6),
+    (4, 4, False): (24, 16, 28, 16),
+    (4, 4, True): (24, 16, 28, 16),
+}
+KEPT_BY_LORA = {False: (18, 10, 8, 8), True: (10, 8, 6, 6)}  # by whether layers are compiled
+
+
+class Profile(NamedTuple):
+    gradient_checkpointing: bool
+    micro_batch_tokens: int  # 0: per_device_train_batch_size rows each
+    loss_chunk: int  # targets whose logits exist at one time
+    weights: torch.dtype  # of the gradients too
+    optim: str  # adamw, or adamw_8bit: moments in 8 bits, from torchao
+    numerics: str
+
+
+EXACT = "fp32 weights and fp32 AdamW, the experiment as it is"
+PROFILES = {
+    "speed": Profile(False, 16384, 16384, torch.float32, "adamw", EXACT),
+    "32g": Profile(True, 8192, 1024, torch.float32, "adamw", EXACT),
+    "24g": Profile(True, 8192, 1024, torch.float32, "adamw_8bit", "fp32 weights; AdamW's moments in 8 bits"),
+    "16g": Profile(
+        True, 8192, 1024, torch.bfloat16, "adamw_8bit",
+        "bf16 weights and gradients, updates rounded stochastically; AdamW's moments in 8 bits",
+    ),
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """A profile with the settings that replace its own, and what it needs."""
+
+    name: str
+    profile: Profile
+    needs: dict[str, float]  # item -> bytes on each device
+    optimizers: list[str]  # class names
+    problem: str = ""  # why the step file cannot train with it
+
+    @property
+    def total(self) -> float:
+        return sum(self.needs.values())
+
+    @property
+    def tensors(self) -> float:
+        """Without what is no tensor."""
+        return self.total - self.needs["context and allocator"]
+
+
+def plan_all(
+    config: TrainConfig,
+    causal_lm,
+    lengths: list[int],
+    device: torch.device,
+    shards: int,
+    names: Iterable[str] = PROFILES,
+) -> dict[str, Plan]:
+    """The named profiles, for these settings, of which `compile` is resolved, with what the step file's own step keeps.
+    causal_lm: the model, on the meta device will do. lengths: of the training rows, in tokens. shards: processes that
+    share weights, gradients and states."""
+    plans, tried = {}, {}
+    for name in names:
+        profile = PROFILES[name]
+        if shards > 1 and profile.optim != "adamw":
+            continue  # its moments are shared out already
+        if config.gradient_checkpointing != "auto":
+            profile = profile._replace(gradient_checkpointing=config.gradient_checkpointing == "on")
+        if config.micro_batch_tokens >= 0:
+            profile = profile._replace(micro_batch_tokens=config.micro_batch_tokens)
+        batch = config.per_device_train_batch_size
+        longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps]
+        limit = profile.micro_batch_tokens or sum(longest[:batch])
+        tokens = min(sum(longest), max(limit, longest[0]))
+        kind = profile.weights, profile.optim
+        if kind not in tried:
+            tried[kind] = trial_of(causal_lm, dataclasses.replace(config, memory=name), profile.weights)
+        trial = tried[kind]
+        if isinstance(trial, str):
+            plans[name] = Plan(name, profile, {"context and allocator": 0.0, "unknown": math.inf}, [], trial)
+            continue
+        needs = predict(profile, config, causal_lm, tokens, sum(longest) > tokens, device, trial, shards)
+        plans[name] = Plan(name, profile, needs, trial.optimizers)
+    return plans
+
+
+def trial_of(causal_lm, config: TrainConfig, dtype: torch.dtype) -> Tried | str:
+    """What the step keeps with a profile, or why it cannot be made with it."""
+    try:
+        return try_step(causal_lm, config, dtype)
+    except UserError as error:
+        return str(error)
+
+
+def choose(plans: dict[str, Plan], memory: str, device: torch.device, available: float, dry_run: bool = False) -> Plan:
+    """The plan of a profile, with a warning if it is predicted not to fit; `auto` is the first of speed and 32g,
+    which compute the same, that fits. Raises UserError if neither does, naming the profile that would."""
+    if memory not in ("auto", *plans):
+        raise UserError(f"--memory {memory} is for one GPU or DDP; with FSDP2 choose among auto, {', '.join(plans)}")
+    for name in ("speed", "32g") if memory == "auto" else (memory,):
+        if plans[name].problem:
+            raise UserError(plans[name].problem)
+        if plans[name].total <= available:
+            return plans[name]
+    fits = [other for other in plans.values() if other.total <= available]
+    advice = (
+        f"--memory {fits[0].name} needs {fits[0].total / GIB:.1f} GiB ({fits[0].profile.numerics})"
+        if fits
+        else "no profile fits: a shorter --max-length, a smaller --model, or more GPUs with loop/launch/fsdp2.yaml"
+    )
+    problem = (
+        f"this run needs about {plans[name].total / GIB:.1f} GiB with --memory {name}, and {device} has "
+        f"{available / GIB:.1f} GiB. {advice}"
+    )
+    if memory == "auto" and not dry_run:
+        raise UserError(f"{problem}; --dry-run shows what takes how much")
+    warn(problem)
+    return plans[name]
+
+
+def predict(
+    profile: Profile,
+    config: TrainConfig,
+    causal_lm,
+    tokens: int,
+    several: bool,
+    device: torch.device,
+    trial: Tried,
+    shards: int = 1,
+) -> dict[str, float]:
+    """Bytes of each item at the peak of a step, whose largest micro-batch has that many tokens, all of them targets.
+    several: it has more micro-batches than one, so gradients are there when a backward begins."""
+    trained, frozen = count_parameters(causal_lm)
+    weights, states = (trained + frozen) * profile.weights.itemsize / shards, trial.states / shards
+    needs = {"weights": weights, "optimizer states": states}
+    phases = phases_of_a_step(profile, config, causal_lm, tokens, several, shards)
+    phases = [phase | {"copies that the step makes": trial.kept / shards} for phase in phases]
+    gradients = trained * profile.weights.itemsize / shards
+    phases.append({"gradients": gradients, "temporaries of the update": trial.update / shards})
+    if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
+        copy = {"the copy that a checkpoint is written from": weights + states}
+        if config.save_steps < config.max_steps:
+            needs |= copy
+        else:
+            phases.append(copy)
+    if shards > 1:
+        c, in_layers = causal_lm.config, sum(p.numel() for p in causal_lm.model.layers.parameters())
+        half = 2 if config.mixed_precision == "bf16" else 4
+        gathered = c.vocab_size * c.hidden_size + 2 * in_layers / c.num_hidden_layers
+        needs["gathered by FSDP2"] = gathered * (half + 4)
+    needs |= max(phases, key=lambda phase: sum(phase.values()))
+    needs = {item: size for item, size in needs.items() if size}
+    return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
+
+
+def phases_of_a_step(
+    profile: Profile, config: TrainConfig, causal_lm, tokens: int, several: bool, shards: int
+) -> list[dict[str, float]]:
+    """Bytes of each item beside weights and states, in the order of a step; the phase that needs most is the peak."""
+    c, layers = causal_lm.config, causal_lm.model.layers
+    width, compiled, checkpointing = profile.weights.itemsize, config.compile == "on", profile.gradient_checkpointing
+    half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
+    trained, frozen = count_parameters(causal_lm)
+    in_layers = sum(parameter.numel() for parameter in layers.parameters())
+    layer = tokens * kept_in_layer(c, KEPT_BY_LORA[compiled] if frozen else KEPT[width, half, compiled])
+    residual = tokens * c.hidden_size * (width if half == width else 4)
+    kept = len(layers) * (residual if checkpointing else layer)
+    gradients = trained * width / shards
+    head = c.vocab_size * c.hidden_size
+    head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
+    embedding_gradient = width * head * several * causal_lm.model.embed_tokens.weight.requires_grad
+    copies = half * in_layers * (half < width and not checkpointing)
+    return [
+        {
+            "gradients": gradients * several,
+            "activations": kept + 22 * tokens * c.hidden_size,  # the norm before the head, and the rows of targets
+            "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + 4 * 2**24 * (config.compile == "off"),
+            "the head's gradient, and its copy in bf16": head_gradient + head * half * (half < width),
+            "bf16 copies of the weights": copies,
+        },
+        {  # the backward of the last layer
+            "gradients": gradients * several,
+            "activations": kept + 1.5 * layer * checkpointing,
+            "the head's gradient": head_gradient,
+            "bf16 copies of the weights": copies,
+        },
+        {  # of the first
+            "gradients": gradients if several or frozen else in_layers * width / shards,
+            "activations": 1.5 * layer,
+            "the head's gradient": head_gradient,
+        },
+        {  # of the embedding
+            "gradients": gradients,
+            "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
+        },
+    ]
+
+
+def count_parameters(causal_lm) -> tuple[int, int]:
+    """Trained, and frozen."""
+    trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
+    return trained, causal_lm.num_parameters() - trained
+
+
+def kept_in_layer(c, factors: tuple) -> float:
+    """Bytes of one token; factors: of KEPT."""
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    sizes = (c.hidden_size, c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim, c.intermediate_size)
+    return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+
+
+def disk_of(plan: Plan, causal_lm, config: TrainConfig, shards: int) -> float:
+    """Most bytes that a run has on disk: its checkpoints and the one being written, best/ and the one before it."""
+    checkpoint = (plan.needs["weights"] + plan.needs["optimizer states"]) * shards
+    number = min(config.save_total_limit, config.max_steps // config.save_steps) + 1
+    return number * checkpoint + 2 * 2 * causal_lm.num_parameters()
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of the device's memory that are free; of a CPU, this process's share of what the machine has, or its
+    container or `ulimit -v` allows."""
+    backend = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(backend, "mem_get_info"):
+        free, _ = backend.mem_get_info(device)
+        return free + backend.memory_reserved(device)  # its own, which is no obstacle
+    return min(psutil.virtual_memory().total, *limits()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Of this process's control groups (version 2 and 1) and of its address space; infinite without any."""
+    found = [math.inf]
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            version_1 = "memory" in controllers.split(",")
+            if not controllers or version_1:
+                top, name = (root / "memory", "memory.limit_in_bytes") if version_1 else (root, "memory.max")
+                group = top / place.lstrip("/")
+                for folder in (group, *group.parents):
+                    with suppress(OSError, ValueError):
+                        found.append(float((folder / name).read_text()))  # `max` is none
+                    if folder == top:
+                        break
+    with suppress(ImportError, OSError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        found.append(math.inf if limit == resource.RLIM_INFINITY else float(limit))
+    return found
+
+
+def memory_table(plans: dict[str, Plan], chosen: str, device: torch.device, available: float) -> str:
+    """What each profile needs and changes, and item by item what the chosen one needs."""
+    lines = [tr("memory: {} has {:.1f} GiB", device, available / GIB)]
+    lines += [
+        f"  --memory {name:<6} {plan.total / GIB:6.1f} GiB  {plan.problem or plan.profile.numerics}"
+        for name, plan in plans.items()
+    ]
+    lines.append(f"{chosen}:")
+    lines += [f"  {item:<46}{size / GIB:6.1f} GiB" for item, size in plans[chosen].needs.items()]
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Every "auto" of the settings, replaced once by what acts; and what --dry-run shows."""
+
+import dataclasses
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from shutil import which
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from data.base.console import is_main_process, say, visible, warn
+from data.base.errors import UserError
+from data.base.language import tr
+from data.dataset import Data
+from loop.config import TrainConfig
+from loop.distributed import on_main_process
+from loop.record.run_folder import keep_global_batch
+from loop.record.tracking import choose_mode
+from loop.start.memory import GIB, PROFILES, Plan, choose, disk_of, memory_of, memory_table, plan_all
+from loop.start.show import report_table, show_example, thinking_warning
+from model.adamw_8bit import import_torchao
+from model.generate import emulates_bf16
+from model.loss import compiles
+
+# Tokens of a process from which on compiling, some 25 s, pays: by a model of Qwen3-1.7B's step an H100 needs 15 s less
+# for each million of them.
+COMPILING_PAYS = 2_000_000
+# Logits from which on compiling the loss on a CPU, some 11 s, pays: two cores need 0.14 ms less a target of Qwen3.
+COMPILING_THE_LOSS_PAYS = 10**10
+
+
+def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[TrainConfig, Plan]:
+    """The settings as they act, and the bytes that the run will need. outline: the model on the meta device.
+
+    Raises UserError if the run cannot be made on this device or with this number of processes.
+    """
+    device, processes = accelerator.device, accelerator.num_processes
+    if config.resume:
+        config = on_main_process(lambda: keep_global_batch(config, processes))
+    max_steps = config.max_steps
+    if max_steps <= 0:
+        max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
+    tokens = int(data.train.lengths.sum()) * max_steps // data.steps_per_epoch(config) // processes
+    compiled = what_to_compile(config, device, tokens, outline.config.vocab_size)
+    config = dataclasses.replace(config, max_steps=max_steps, compile=compiled)
+    shards = processes if accelerator.is_fsdp2 else 1
+    available = memory_of(device)
+    lengths = data.wordings.lengths.tolist()
+    asked = ("speed", "32g") if config.memory == "auto" else (config.memory,)
+    plans = plan_all(config, outline, lengths, device, shards, PROFILES if config.dry_run else asked)
+    if all(plan.total > available for plan in plans.values()):  # what else would fit?
+        plans = plan_all(config, outline, lengths, device, shards)
+    plan = choose(plans, config.memory, device, available, config.dry_run)
+    if plan.profile.optim == "adamw_8bit" and not config.dry_run:
+        import_torchao()
+    config = dataclasses.replace(
+        config,
+        memory=plan.name,
+        gradient_checkpointing="on" if plan.profile.gradient_checkpointing else "off",
+        micro_batch_tokens=plan.profile.micro_batch_tokens,
+        swanlab_mode="disabled" if config.dry_run else choose_mode(config),
+    )
+    if config.mixed_precision == "bf16" and emulates_bf16(device):
+        warn("this CPU emulates bf16, which is several times slower than fp32: --mixed-precision no")
+    if config.max_length > (positions := outline.config.max_position_embeddings):
+        warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
+    announce(config, data, plans, available, accelerator)
+    needed = disk_of(plan, outline, config, shards)
+    on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
+    return config, plan
+
+
+def announce(config: TrainConfig, data: Data, plans: dict[str, Plan], available: float, accelerator) -> None:
+    """What acts, before a weight is loaded; on a dry run all of it."""
+    device, processes, plan = accelerator.device, accelerator.num_processes, plans[config.memory]
+    if config.dry_run:
+        say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
+    say(report_table(data.split.report, config.dry_run))
+    if warning := thinking_warning(data.split.report):
+        warn(warning)
+    batch = config.per_device_train_batch_size, config.gradient_accumulation_steps, processes
+    say(
+        tr(
+            "{:,} optimizer steps of {} rows (per_device_train_batch_size {} x gradient_accumulation_steps {} x {} "
+            "processes)",
+            config.max_steps,
+            data.rows_per_step(config),
+            *batch,
+        )
+    )
+    if config.dry_run:
+        if is_main_process():
+            show_example(data.train[0], data.tokenizer, visible)
+        say(memory_table(plans, plan.name, device, available))
+    else:
+        strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else tr("one process")
+        threads = tr("; threads: {}", torch.get_num_threads()) if device.type == "cpu" else ""
+        say(
+            tr(
+                "{} on {}{}; mixed precision: {}; compile: {}; gradient checkpointing: {}; memory: {}, about {:.1f} of "
+                "{:.1f} GiB; step file: {}",
+                *(strategy, device, threads, config.mixed_precision, config.compile, config.gradient_checkpointing),
+                plan.name,
+                *(plan.total / GIB, available / GIB, config.step_file),
+            )
+        )
+
+
+def what_to_compile(config: TrainConfig, device: torch.device, tokens: int, vocabulary: int) -> str:
+    """on, loss or off. tokens: that one process trains on in the whole run, so that a resumed run compiles as it did
+    before. Raises UserError if there is nothing to compile with."""
+    on_cpu = device.type == "cpu"
+    names = (os.environ.get("CXX"), "c++", "g++") if on_cpu else (os.environ.get("CC"), "cc", "gcc", "clang")
+    can_compile = any(name and which(name) for name in names)
+    if config.compile in ("on", "loss") and not can_compile:
+        raise UserError(
+            f"--compile {config.compile} needs a {'C++' if on_cpu else 'C'} compiler; install g++, or leave it out"
+        )
+    if config.compile != "auto":
+        return config.compile
+    if not can_compile or config.mixed_precision != "bf16":
+        return "off"
+    if device.type == "cuda" and tokens >= COMPILING_PAYS:
+        return "on"
+    pays = on_cpu and sys.platform == "linux" and tokens * vocabulary >= COMPILING_THE_LOSS_PAYS
+    return "loss" if pays and (config.dry_run or compiles()) else "off"
+
+
+def check_disk(needed: float, folder: Path, dry_run: bool) -> None:
+    """Says what the run will write; raises UserError if the disk has no room for it. What the run has already written
+    there, and will replace, counts as free."""
+    files = [path for name in ("checkpoints", "best") for path in (folder / name).rglob("*") if path.is_file()]
+    own = sum(path.stat().st_size for path in files)
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free + own
+    size = f"{needed / 1e9:.1f} GB" if needed >= 1e9 else f"{needed / 1e6:.0f} MB"
+    text = tr("disk: up to {} of checkpoints and models in {}, {:.1f} GB free", size, folder, free / 1e9)
+    if needed > free and not dry_run:
+        raise UserError(f"{text}; a smaller --save-total-limit needs less, or choose another --output-dir")
+    say(text if needed <= free else f"{text}{tr(': not enough')}")

@@ -1,0 +1,312 @@
+"""The step file's own step, tried on fake tensors before a weight is loaded: what it keeps, and what would be lost.
+
+Fake tensors have a shape and a type, and no bytes; they count as the host's, whatever the run computes on. The model
+is the real one with its forward left out; its gradients are there, so the optimizers make their states and the step its
+copies, and their bytes can be counted.
+"""
+
+import logging
+import math
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.base.console import warn
+from data.base.errors import UserError, one_line
+from data.batches import make_batch
+from data.encode import Example
+from loop.config import TrainConfig
+from loop.distributed import note_peaks
+from loop.start.step_file import line_of, load_step_file
+from loop.state import StepMetrics
+from model.loss import SFTModel
+
+# It logs a traceback of each error; the message about it is ours.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+# What a code that is right may raise on tensors without values.
+NOT_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+            NotImplementedError, RuntimeError)  # fmt: skip
+PLAIN = (type(None), bool, int, float, complex, str)
+SKIPPED = ("params", "lr", "initial_lr")  # of a group: checkpoints hold the first, the loop sets the others
+
+
+class Tried(NamedTuple):
+    optimizers: list[str]  # class names
+    states: int  # bytes that the optimizers keep
+    kept: int  # of copies that are there while a forward or a backward runs
+    update: int  # of what is made besides gradients and states when the weights are updated
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        return out
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+class WithoutForward(SFTModel):
+    """Losses from which each trained parameter gets a gradient."""
+
+    def attach(self, live: LiveBytes, optimizers: list) -> None:
+        self.live, self.optimizers, self.kept = live, optimizers, 0
+
+    def forward(self, input_ids, target_ids, **_) -> torch.Tensor:
+        gradients = sum(p.grad.nbytes for p in self.parameters() if p.grad is not None)
+        self.kept = max(self.kept, self.live.now - gradients - bytes_of_states(self.optimizers))
+        return Gradients.apply(len(target_ids), *trained_of(self))
+
+
+class Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, number: int, *parameters) -> torch.Tensor:
+        ctx.parameters = parameters
+        return parameters[0].new_zeros(number, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *map(torch.empty_like, ctx.parameters)
+
+
+def try_step(outline: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> Tried:
+    """outline: the model, on the meta device will do. dtype: of the weights.
+
+    Raises UserError with file and line if the step cannot be made, or keeps what no checkpoint holds.
+    """
+    method = load_step_file(config.step_file)  # a copy of its own, which the run does not see
+    file = Path(method.__file__).name
+    live = LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(outline, dtype) as model:
+        optimizers = run_own(method, "make_optimizers", model, config)
+        check_optimizers(optimizers, model, file)
+        names = [type(optimizer).__name__ for optimizer in optimizers]
+        note_peaks(optimizers)
+        model.attach(live, optimizers)
+        live.seen |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        before = others_than_states(method, model, optimizers)
+        try:
+            with live:
+                for step in (0, 1):
+                    live.peak = live.now
+                    one_step(method, model, optimizers, step, config)
+        except NOT_FAKE as error:
+            warn(
+                f"the step of {file} cannot be tried without values ({one_line(error)[:100]}); its memory is planned "
+                "as that of AdamW, and more that it keeps is not"
+            )
+            moments = 2 * sum(p.nbytes for p in trained_of(model))
+            return Tried(names, max(moments, bytes_of_states(optimizers)), model.kept, 0)
+        check_what_is_kept(before, others_than_states(method, model, optimizers), optimizers, model, file)
+        states, gradients = bytes_of_states(optimizers), sum(p.nbytes for p in trained_of(model))
+    return Tried(names, states, model.kept, max(0, live.peak - states - gradients))
+
+
+@contextmanager
+def fake_parameters(outline: torch.nn.Module, dtype: torch.dtype):
+    """The model with fake parameters; afterwards it has its own again."""
+    places = [(module, name) for module in outline.modules() for name in list(module._parameters)]
+    own = [module._parameters[name] for module, name in places]
+    fakes = {p: torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+             for p in own if p is not None}  # fmt: skip
+    try:
+        for (module, name), parameter in zip(places, own, strict=True):
+            module._parameters[name] = fakes.get(parameter)
+        yield WithoutForward(outline, loss_chunk=1)
+    finally:
+        for (module, name), parameter in zip(places, own, strict=True):
+            module._parameters[name] = parameter
+
+
+def trained_of(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> None:
+    rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial") for _ in range(2)]
+    batch = make_batch(rows, batch_size=1, step=step)
+    finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
+    metrics = run_own(method, "train_step", model, optimizers, batch, Alone(model.live), 1.0, config)
+    if not isinstance(metrics, StepMetrics):
+        raise UserError(f"train_step in {name_of(method)} returned {type(metrics).__name__}; it returns StepMetrics")
+    with run_own(method, "evaluated_weights", model, optimizers):
+        pass
+
+
+class Alone:
+    """An accelerator of one process, for tensors without values."""
+
+    num_processes, process_index, is_main_process, is_fsdp2, mixed_precision = 1, 0, True, False, "no"
+
+    device = torch.device("cpu")
+
+    def __init__(self, live: LiveBytes):
+        self.live = live
+
+    def backward(self, loss, **_) -> None:
+        """What a real one needs meanwhile is in the phases of loop/start/memory.py; here all gradients come at one time."""
+        peak = self.live.peak
+        loss.backward()
+        self.live.peak = max(peak, self.live.now)
+
+    def gather(self, tensor):
+        return tensor
+
+    reduce = gather_for_metrics = gather
+
+    def unwrap_model(self, model, **_):
+        return model
+
+    def __getattr__(self, name: str):
+        if hasattr(Accelerator, name):
+            raise NotImplementedError(f"accelerator.{name}")
+        raise AttributeError(f"an Accelerator has no {name!r}")
+
+    def no_sync(self, model):
+        return torch.enable_grad()
+
+    autocast = no_sync
+
+
+def run_own(method: ModuleType, name: str, *args):
+    """One of the five functions. What it raises becomes a message with its line, unless it may lack values only."""
+    try:
+        return getattr(method, name)(*args)
+    except Exception as error:
+        if isinstance(error, UserError) or (name == "train_step" and isinstance(error, NOT_FAKE)):
+            raise
+        raise UserError(f"{name} in {line_of(error, method)}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def name_of(method: ModuleType) -> str:
+    return Path(method.__file__).name
+
+
+def finite(multiplier, method: ModuleType):
+    """What lr_multiplier gave. Raises UserError if it is no finite number."""
+    try:
+        is_finite = math.isfinite(multiplier)
+    except TypeError:
+        is_finite = False
+    if not is_finite:
+        raise UserError(f"lr_multiplier in {name_of(method)} gave {multiplier!r}; it gives a finite number")
+    return multiplier
+
+
+def check_optimizers(optimizers, model, file: str) -> None:
+    """Raises UserError if they are no list of optimizers whose groups hold every trained parameter exactly once."""
+    where = f"make_optimizers in {file}"
+    kinds = [type(one).__name__ for one in optimizers] if isinstance(optimizers, (list, tuple)) else None
+    if not isinstance(optimizers, list) or not all(isinstance(one, torch.optim.Optimizer) for one in optimizers):
+        returned = f"({', '.join(kinds)})" if kinds else type(optimizers).__name__
+        raise UserError(f"{where} returned {returned}; it returns a list of optimizers, such as [optimizer]")
+    names = {p: name.removeprefix("causal_lm.") for name, p in model.named_parameters() if p.requires_grad}
+    held = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "initial_lr" in group or hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+                raise UserError(
+                    f"{where}: a scheduler of torch would begin again on --resume; write it in lr_multiplier"
+                )
+            if not isinstance(group.get("lr"), (int, float, torch.Tensor)) or not is_finite_rate(group["lr"]):
+                raise UserError(f"{where}: the `lr` of a group of {type(optimizer).__name__} is {group.get('lr')!r}, "
+                                "which is no finite number")  # fmt: skip
+            for parameter in group["params"]:
+                if parameter not in names:
+                    raise UserError(f"{where}: a group holds a parameter that is not trained")
+                held[parameter] = held.get(parameter, 0) + 1
+    for parameter, name in names.items():
+        if held.get(parameter, 0) != 1:
+            times = f"in {held[parameter]} groups" if parameter in held else "in no group, so it would never learn"
+            raise UserError(f"{where}: {name} is {times}")
+
+
+def is_finite_rate(rate) -> bool:
+    return isinstance(rate, torch.Tensor) or math.isfinite(rate)
+
+
+def others_than_states(method: ModuleType, model, optimizers: list) -> dict[str, object]:
+    """What a step could change besides weights and states, by a name for a person."""
+    found = {f"the global {name}": frozen(value) for name, value in vars(method).items() if not name.startswith("__")}
+    for module_name, module in model.named_modules():
+        found |= {f"{module_name or 'model'}.{name}": "" for name in vars(module) if not name.startswith("_")}
+        found |= {f"{module_name}.{name}": "" for name in module._buffers}
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        own = {name: value for name, value in vars(optimizer).items() if not name.startswith("_")}
+        found |= {f"{kind}.{name}": frozen(own[name]) for name in own.keys() - {"state", "param_groups", "step"}}
+        for number, group in enumerate(optimizer.param_groups):
+            items = {name: value for name, value in group.items() if name not in SKIPPED}
+            found |= {f"{name!r} of group {number} of {kind}": frozen(value) for name, value in items.items()}
+    return found
+
+
+def frozen(value):
+    """Equal as long as the value is; of what is no data, its type alone."""
+    if isinstance(value, PLAIN):
+        return value if value == value else "nan"
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if isinstance(value, dict):
+        return {str(key): frozen(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [frozen(one) for one in value]
+    return type(value)
+
+
+def check_what_is_kept(before: dict, after: dict, optimizers: list, model, file: str) -> None:
+    """Raises UserError at the first thing that a checkpoint would not hold."""
+    changed = [name for name in after if after[name] != before.get(name, "not there")]
+    if changed:
+        raise UserError(
+            f"train_step in {file} changes {changed[0]}, which no checkpoint holds: --resume would begin with it anew. "
+            "Keep it in optimizer.state[parameter], or compute it from batch.step"
+        )
+    parameters = set(model.parameters())
+    for optimizer in optimizers:
+        for key, state in optimizer.state.items():
+            if key not in parameters:
+                raise UserError(f"{file}: optimizer.state[{key!r}] is of no parameter, so no checkpoint holds it")
+            for name, value in state.items():
+                lost = [leaf for leaf in tree_leaves(value) if not isinstance(leaf, (*PLAIN, torch.Tensor))]
+                if lost:
+                    raise UserError(
+                        f"{file}: optimizer.state[parameter][{name!r}] holds a {type(lost[0]).__name__}, which no "
+                        "checkpoint can hold: tensors, numbers and texts can"
+                    )
+
+
+def bytes_of_states(optimizers: list) -> int:
+    tensors = [leaf for optimizer in optimizers for leaf in tree_leaves([*optimizer.state.values()])]
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
+    return sum(sizes.values())

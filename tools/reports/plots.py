@@ -1,0 +1,251 @@
+"""The curves of the reports."""
+
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from tools.reports.record import Group, Record
+
+# matplotlib has no Chinese font of its own; these come with systems, best first.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
+                 "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
+LABELS = Path(__file__).with_name("templates") / "labels.zh.yaml"
+
+
+@functools.cache
+def chinese_font() -> str | None:
+    """An installed font with Chinese characters, also one that came after matplotlib listed them."""
+    from matplotlib import font_manager
+
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in set(font_manager.findSystemFonts()) - listed:
+        try:
+            font_manager.fontManager.addfont(path)
+        except Exception:  # a format that matplotlib does not read
+            continue
+    names = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    known = next((name for name in CHINESE_FONTS if name in names), None)
+    return known or next((name for name, path in names.items() if has_chinese(path)), None)
+
+
+def has_chinese(path: str) -> bool:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return ord("诊") in FT2Font(path).get_charmap()
+    except Exception:
+        return False
+
+
+class Canvas:
+    """matplotlib with labels in a language, in English if no font has Chinese characters."""
+
+    def __init__(self, language: str):
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+
+        self.plt, self.font = plt, chinese_font()
+        is_chinese = language == "zh" and self.font is not None
+        self.labels = yaml.safe_load(LABELS.read_text(encoding="utf-8")) if is_chinese else {}
+        plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120})
+        plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False})
+        plt.rcParams["font.family"] = ["DejaVu Sans", *([self.font] if self.font else [])]
+
+    def say(self, text: str, *values) -> str:
+        return self.labels.get(text, text).format(*values)
+
+    def panels(self, number: int, width: float, height: float, **more):
+        figure, panels = self.plt.subplots(1, number, figsize=(width, height), layout="constrained", **more)
+        return figure, panels
+
+    def line(self, axes, rows: list[dict], name: str, label: str, **style) -> None:
+        rows = [row for row in rows if name in row]
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **style)
+
+    def percent(self, axes) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
+
+    def save(self, figure, path: Path) -> None:
+        """With one legend under all panels, where it covers no data."""
+        entries = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        if len(entries) > 1:
+            figure.legend(
+                entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, len(entries)), frameon=False
+            )
+        figure.savefig(path)
+        self.plt.close(figure)
+
+
+def draw(folder: Path, record: Record, language: str) -> None:
+    """loss.png, parts.png and training.png; groups.png and think_probe.png if there is something to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    canvas = Canvas(language)
+    draw_losses(canvas, folder / "loss.png", record)
+    draw_parts(canvas, folder / "parts.png", record)
+    draw_training(canvas, folder / "training.png", record.train)
+    if record.groups:
+        draw_groups(canvas, folder / "groups.png", record.groups)
+    if any("think_probe/own" in row for row in record.evaluations):
+        draw_think_probe(canvas, folder / "think_probe.png", record)
+
+
+def add_epochs(canvas: Canvas, axes, record: Record) -> None:
+    if record.train:
+        per_step = record.train[-1]["train/epoch"] / record.train[-1]["step"]
+        top = axes.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda epoch: epoch / per_step))
+        top.set_xlabel(canvas.say("epoch"))
+
+
+def near_best(records: Iterable[Record], *names: str) -> tuple[float, float]:
+    """The range of losses from half way to the best one on: where a turn can be seen. names: of the losses."""
+    losses = [
+        row[name]
+        for record in records
+        for row in [*record.evaluations, *record.train]
+        for name in names
+        if row["step"] >= record.verdict.best["step"] / 2 and math.isfinite(row.get(name, math.nan))
+    ]
+    return min(losses), max(losses)
+
+
+def draw_losses(canvas: Canvas, path: Path, record: Record) -> None:
+    """Over steps and epochs, the best model marked; near the best, if the fall before it hides the turn; the exam
+    beside the loss, if there is one."""
+    low, high = near_best([record], "eval/loss", "train/loss")
+    has_zoom = record.verdict.first["eval/loss"] - low > 4 * (high - low) > 0
+    number = 1 + has_zoom + record.has_exam
+    figure, panels = canvas.panels(number, 9 if number == 1 else 6.5 * number, 5, squeeze=False)
+    best, *rest = record.verdict.best, *panels[0]
+    for axes in rest[: 1 + has_zoom]:
+        canvas.line(axes, record.train, "train/loss", canvas.say("train"), color="C0", alpha=0.8)
+        canvas.line(axes, record.evaluations, "eval/loss", canvas.say("eval"), color="C1", marker="o")
+        label = canvas.say("best: step {}, {:.4f}", best["step"], best["eval/loss"])
+        axes.axvline(best["step"], color="C2", linestyle="--", label=label)
+        if record.status == "early_stopped":
+            last = record.verdict.last["step"]
+            axes.axvline(last, color="C3", linestyle=":", label=canvas.say("stopped early: step {}", last))
+        axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
+        add_epochs(canvas, axes, record)
+    if has_zoom:
+        rest[1].set_ylim(low - 0.1 * (high - low), high)
+        rest[1].set_xlim(left=best["step"] / 2)
+        rest[1].set_title(canvas.say("near the best"))
+    if record.has_exam:
+        axes = rest[-1]
+        canvas.line(axes, record.evaluations, "exam/accuracy", canvas.say("exam accuracy"), color="C4", marker="o")
+        axes.axvline(best["step"], color="C2", linestyle="--")
+        axes.set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(axes)
+    canvas.save(figure, path)
+
+
+def draw_parts(canvas: Canvas, path: Path, record: Record) -> None:
+    """Thinking and answer apart: loss and accuracy; and the form."""
+    has_form = any("eval/close_accuracy" in row for row in record.evaluations)
+    figure, panels = canvas.panels(3 if has_form else 2, 13 if has_form else 9, 4.2)
+    for part, name, color in (("think", "thinking", "C0"), ("answer", "answer", "C1")):
+        name = canvas.say(name)
+        canvas.line(
+            panels[0], record.train, f"train/{part}_loss", canvas.say("{}, train", name), color=color, alpha=0.4
+        )
+        canvas.line(
+            panels[0], record.evaluations, f"eval/{part}_loss", canvas.say("{}, eval", name), color=color, marker="o"
+        )
+        canvas.line(
+            panels[1],
+            record.evaluations,
+            f"eval/{part}_accuracy",
+            canvas.say("{}, eval", name),
+            color=color,
+            marker="o",
+        )
+    panels[0].set(xlabel=canvas.say("step"), title=canvas.say("loss by part"))
+    panels[1].set(xlabel=canvas.say("step"), title=canvas.say("next-token accuracy (eval)"))
+    canvas.percent(panels[1])
+    if has_form:
+        for name, label, color in (("close", "closes", "C2"), ("stop", "stops", "C4")):
+            canvas.line(
+                panels[2], record.evaluations, f"eval/{name}_accuracy", canvas.say(label), color=color, marker="o"
+            )
+        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("form kept (eval)"), ylim=(-0.05, 1.05))
+        canvas.percent(panels[2])
+    canvas.save(figure, path)
+
+
+def draw_training(canvas: Canvas, path: Path, train: list[dict]) -> None:
+    figure, panels = canvas.panels(3, 13, 3.5)
+    names = {
+        "train/learning_rate": "learning rate",
+        "train/grad_norm": "gradient norm",
+        "perf/tokens_per_s": "tokens/s",
+    }
+    for panel, (name, title) in zip(panels, names.items(), strict=True):
+        canvas.line(panel, train, name, "")
+        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
+    panels[2].set_ylim(bottom=0)
+    canvas.save(figure, path)
+
+
+def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
+    """What each group has learned at the best step, and what it lost from there to the last one. Without a Chinese
+    font a name that needs one is shown as its number in the table."""
+    names = [
+        group.name if canvas.font or group.name.isascii() else canvas.say("no. {}", number)
+        for number, group in enumerate(groups, start=1)
+    ]
+    labels = [canvas.say("{} ({} rows)", name, group.rows) for name, group in zip(names, groups, strict=True)]
+    figure, panels = canvas.panels(2, 11, 1.5 + 0.3 * len(groups), sharey=True)
+    learned, lost = [group.first - group.best for group in groups], [group.last - group.best for group in groups]
+    panels[0].barh(labels, learned, color="C0")
+    panels[1].barh(labels, lost, color=["C3" if rise > 0 else "C2" for rise in lost])
+    panels[0].set(xlabel=canvas.say("nats"), title=canvas.say("learned: fall of the loss until the best step"))
+    panels[1].set(xlabel=canvas.say("nats"), title=canvas.say("lost: rise of the loss from there to the last step"))
+    panels[0].invert_yaxis()
+    canvas.save(figure, path)
+
+
+def draw_think_probe(canvas: Canvas, path: Path, record: Record) -> None:
+    figure, axes = canvas.panels(1, 9, 4.5)
+    for name, label, color in (
+        ("other", "another row's thinking", "C3"), ("none", "no thinking", "C7"), ("own", "own thinking", "C0")
+    ):  # fmt: skip
+        canvas.line(axes, record.evaluations, f"think_probe/{name}", canvas.say(label), color=color, marker="o")
+    axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
+    axes.set_title(canvas.say("loss of the answer, by the thinking before it"))
+    add_epochs(canvas, axes, record)
+    canvas.save(figure, path)
+
+
+def draw_runs(path: Path, records: dict[str, Record], language: str) -> None:
+    """Evaluation losses over steps, and over epochs near the best; the best of each run marked; exams, if there are
+    some."""
+    canvas = Canvas(language)
+    has_exam = any(record.has_exam for record in records.values())
+    figure, panels = canvas.panels(3 if has_exam else 2, 16 if has_exam else 12, 5)
+    for number, (name, record) in enumerate(records.items()):
+        best, color = record.verdict.best, f"C{number % 10}"
+        for axes, unit in zip(panels, ("step", "epoch"), strict=False):
+            xs = [row[unit] for row in record.evaluations]
+            axes.plot(xs, [row["eval/loss"] for row in record.evaluations], color=color, marker=".", label=name)
+            axes.plot(best[unit], best["eval/loss"], color=color, marker="*", markersize=14)
+            axes.set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
+        if has_exam:
+            canvas.line(panels[2], record.evaluations, "exam/accuracy", name, color=color, marker=".")
+    low, high = near_best(records.values(), "eval/loss")
+    if high > low:
+        panels[1].set(ylim=(low - 0.1 * (high - low), high), title=canvas.say("near the best"))
+        panels[1].set_xlim(left=min(record.verdict.best["epoch"] for record in records.values()) / 2)
+    if has_exam:
+        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(panels[2])
+    canvas.save(figure, path)

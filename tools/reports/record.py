@@ -1,0 +1,232 @@
+"""What a run has written so far, read for a report."""
+
+import json
+import math
+import re
+import statistics
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from data.base.errors import UserError
+from data.reading.formats import Given, read_row
+from data.reading.read import read_file
+from data.reading.rows import Row, read_given
+from data.reading.source import find_source
+from loop.record.run_folder import is_held, read_run, read_status, utc
+from model.generate import Reply, format_rates
+
+GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
+# A rise of the evaluation loss by less than this share of it is not called overfitting.
+NOISE = 0.005
+
+
+class Verdict(NamedTuple):
+    """What the loss did that chooses the best model. kind: overfitting, plateau, falling (the last one is
+    the best), worse (none is better than the one before training), early (there is no other yet), or nonfinite (after
+    the best)."""
+
+    kind: str
+    first: dict  # evaluations: rows of metrics.jsonl with their epoch and the figure that decides
+    best: dict
+    last: dict  # with a finite loss
+    worse: dict  # the first one after the best
+    rise: float  # of the last over the best, in nats
+    train_fall: float  # of the train loss over the same steps, in nats; NaN if it is not known
+
+
+class Group(NamedTuple):
+    """A set or a group of validation rows, and its evaluation loss before training, at the best step and at the end."""
+
+    name: str
+    rows: int
+    first: float
+    best: float
+    last: float
+
+
+class Record(NamedTuple):
+    folder: Path
+    run: dict  # run.json
+    data: dict  # data_report.json
+    launch: dict  # run_status.json
+    status: str | None  # as it is there, or `killed`
+    train: list[dict]  # rows of metrics.jsonl
+    evaluations: list[dict]  # with their epoch
+    verdict: Verdict
+    answers: list[dict]  # rows of samples.jsonl: of the best model, or of the newest evaluation
+    sampled: dict
+    step: int
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Format rates of all `answers`."""
+        replies = [Reply(*(sample[name] for name in Reply._fields)) for sample in self.answers]
+        return format_rates(replies) if replies else {}
+
+    @property
+    def planned_epochs(self) -> float:
+        per_epoch = math.ceil(self.data["train"]["examples"] / self.run["rows_per_step"])
+        return round(self.run["max_steps"] / per_epoch, 2)
+
+    @property
+    def rate_is_gone(self) -> bool:
+        """Whether the learning rate had fallen to under a twentieth of its highest."""
+        rates = [row["train/learning_rate"] for row in self.train]
+        return bool(rates) and rates[-1] < max(rates) / 20
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return statistics.median(row["perf/tokens_per_s"] for row in self.train) if self.train else None
+
+    @property
+    def peak_gib(self) -> float | None:
+        return max(row["memory/peak_gib"] for row in self.train) if self.train else None
+
+    @property
+    def has_exam(self) -> bool:
+        return any("exam/accuracy" in row for row in self.evaluations)
+
+    @property
+    def launches(self) -> list[dict]:
+        """Empty for a run that began before they were written down, even if a later launch is there."""
+        launches = self.run.get("launches", [])
+        return [] if launches and launches[0].get("from_step") else launches
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Of all launches, one that goes on until now, a killed one until its last row; None if they are not known."""
+        last = time.time() if self.status == "running" else (self.folder / "metrics.jsonl").stat().st_mtime
+        spans = [(one.get("ended", utc(last)), one["began"]) for one in self.launches]
+        seconds = [
+            (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds() for end, begin in spans
+        ]
+        return sum(seconds) if spans else None
+
+    @property
+    def groups(self) -> list[Group]:
+        counts, (first, best, last) = self.data.get("groups", {}), self.verdict[1:4]
+        names = [key.removeprefix(GROUP) for key in self.evaluations[0] if key.startswith(GROUP)]
+        return [
+            Group(name, counts.get(name, 0), *(row.get(GROUP + name, math.nan) for row in (first, best, last)))
+            for name in names
+        ]
+
+
+def read_record(run_dir: Path) -> Record:
+    """Raises UserError if run_dir holds no run or no evaluation of it."""
+    run = read_run(run_dir)
+    rows = read_lines(run_dir / "metrics.jsonl")
+    train = [row for row in rows if "train/loss" in row]
+    evaluations = [row for row in rows if "eval/loss" in row]
+    if not any(math.isfinite(row["eval/loss"]) for row in evaluations):
+        raise UserError(f"{run_dir} has no finished evaluation yet; there is nothing to report")
+    data = json.loads((run_dir / "data" / "data_report.json").read_text(encoding="utf-8"))
+    epochs_per_step = 1 / math.ceil(data["train"]["examples"] / run["rows_per_step"])
+    metric = run.get("metric_for_best_model", "eval/loss")
+    evaluations = [
+        {**row, "epoch": row["step"] * epochs_per_step, "decides": row.get(metric, row["eval/loss"])}
+        for row in evaluations
+    ]
+    samples = read_lines(run_dir / "samples.jsonl")
+    answers = [sample for sample in samples if sample["model"] == "best"]
+    if not answers and samples:  # not at its end yet: what the newest evaluation got
+        answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    launch = read_status(run_dir)
+    status = launch.get("status")
+    return Record(
+        folder=run_dir,
+        run=run,
+        data=data,
+        launch=launch,
+        status="killed" if status == "running" and not is_held(run_dir) else status,
+        train=train,
+        evaluations=evaluations,
+        verdict=judge(evaluations, train),
+        answers=answers,
+        sampled=sampled_in_training(samples),
+        step=max(row["step"] for row in [*rows, {"step": 0, **launch}]),
+    )
+
+
+def sampled_in_training(samples: list[dict]) -> dict:
+    """How many questions were answered at an evaluation, at how many of these, and after how many tokens answers ended
+    because their time was over."""
+    training = [sample for sample in samples if sample["model"] == "training"]
+    cuts = {sample["step"]: sample["cut_at"] for sample in training if "cut_at" in sample}
+    steps = {sample["step"] for sample in training}
+    return {"times": len(steps), "questions": len(training) // max(1, len(steps)), "cuts": sorted(cuts.values())}
+
+
+def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
+    finite = [row for row in evaluations if math.isfinite(row["decides"])]
+    best = min(finite, key=lambda row: row["decides"])
+    first, last = evaluations[0], finite[-1]
+    later = [row for row in evaluations if row["step"] > best["step"]]
+    after = [row for row in later if math.isfinite(row["decides"])]
+    rise = last["decides"] - best["decides"]
+    until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
+    fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
+    if not later:
+        kind = "early" if best is first else "falling"
+    elif not after:
+        kind = "nonfinite"
+    elif best is first:
+        kind = "worse"
+    else:
+        kind = "overfitting" if rise > NOISE * best["decides"] else "plateau"
+    return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a file that a run may be writing to; numbers that are not finite are strings there."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # being written, or cut off by a kill
+            continue
+        is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
+        rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
+    return rows
+
+
+def read_side(run_dir: Path, side: str) -> list[Row]:
+    """The rows of RUN_DIR/data/SIDE.jsonl as the run read them; none without the file."""
+    run, path = read_run(run_dir), run_dir / "data" / f"{side}.jsonl"
+    return read_rows(str(path), run["system_prompt"], read_given(run.get("columns", ()))) if path.exists() else []
+
+
+def read_rows(dataset: str, system_prompt: str, given: Given = ()) -> list[Row]:
+    """Every row of a dataset. Raises UserError naming the first that is unusable."""
+    rows, source = [], find_source(dataset)
+    for path in source.files:
+        for location, columns in read_file(path, path.name, source.part, []):
+            try:
+                rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
+            except ValueError as reason:
+                raise UserError(f"{location} {reason}") from None
+    return rows
+
+
+def run_of(model: str) -> dict:
+    """run.json of the run whose best/ a model is; empty if it is none."""
+    try:
+        return read_run(Path(model).resolve().parent)
+    except UserError:
+        return {}
+
+
+def name_of(model: str) -> str:
+    """To be shown: without the folders above, which are private."""
+    folder, run = Path(model), run_of(model)
+    return f"{run['run_name']}/{folder.resolve().name}" if run else folder.resolve().name if folder.exists() else model
+
+
+REPEATED = re.compile(r"(.{1,40}?)\1{7,}", re.DOTALL)
+
+
+def collapse(text: str) -> str:
+    """Text of a model that repeats itself, each run of 8 and more as the first two with their number."""
+    return REPEATED.sub(lambda run: f"{run[1]}{run[1]}[… × {len(run[0]) // len(run[1])}]", text)
