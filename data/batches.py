@@ -92,19 +92,6 @@ def rank_batches(rows: Sequence[Example], **packing) -> list[MicroBatch]:
     return [collate(group) for group in rank_rows(rows, **packing)]
 
 
-class Collated(Sequence):
-    """Micro-batches that are laid out when they are asked for."""
-
-    def __init__(self, groups: list[list[Example]]):
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> MicroBatch:
-        return collate(self.groups[index])
-
-
 def rank_rows(
     rows: Sequence[Example], *, batch_size: int, micro_batch_tokens: int = 0, rank: int = 0, world_size: int = 1
 ) -> list[list[Example]]:
@@ -164,15 +151,17 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
     lengths = [len(row) for row in rows]
     offsets = [0, *itertools.accumulate(lengths)]
     input_ids = torch.cat([row.input_ids for row in rows]).long()
-    targets = torch.cat(
-        [torch.arange(start + row.prompt_length, start + len(row)) for start, row in zip(offsets, rows, strict=False)]
-    )
+    positions, target_ids = [], []
+    for start, row in zip(offsets, rows, strict=False):
+        last = [start + len(row) - 1] * len(row.next_tokens)
+        positions += [torch.arange(start + row.prompt_length, start + len(row)) - 1, torch.tensor(last).long()]
+        target_ids += [row.input_ids[row.prompt_length :], torch.tensor(row.next_tokens).long()]
     inputs = {
         "input_ids": input_ids.unsqueeze(0),
         "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
         "cu_seqlens": torch.tensor(offsets, dtype=torch.int32),
         "max_seqlen": max(lengths),
-        "target_positions": targets - 1,
-        "target_ids": input_ids[targets],
+        "target_positions": torch.cat(positions),
+        "target_ids": torch.cat(target_ids).long(),
     }
-    return MicroBatch(inputs, torch.cat([torch.arange(row.prompt_length, len(row)) < row.answer_start for row in rows]))
+    return MicroBatch(inputs, torch.cat([torch.arange(row.num_targets) < row.num_think_targets for row in rows]))

@@ -1,10 +1,10 @@
 """Row -> Examples: token ids, and which of them are think and answer targets."""
 
+import dataclasses
 import functools
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 
@@ -13,7 +13,8 @@ from data.reading.rows import Row
 from data.template import generation_prompt, whole_text
 
 
-class Example(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Example:
     """One assistant turn with its history, ending in the end token (of Qwen3 <|im_end|>).
 
     Targets are the ids from prompt_length on: thinking up to answer_start (`<think>`, unless the prompt ends with it,
@@ -24,9 +25,24 @@ class Example(NamedTuple):
     prompt_length: int
     answer_start: int
     location: str  # file and line of its row
+    next_tokens: tuple[int, ...] = ()  # further targets: each is asked for after the last id, as an exam's letters are
+    own_parts: tuple[tuple[str, int, int], ...] | None = None  # in the place of those of `parts`
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self) - self.prompt_length + len(self.next_tokens)
+
+    @property
+    def parts(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, begin, end) of spans of its targets, of which none is empty."""
+        if self.own_parts is not None:
+            return self.own_parts
+        think, end = self.num_think_targets, len(self) - self.prompt_length
+        parts = ("think", 0, think), ("answer", think, end), ("close", think - 1, think), ("stop", end - 1, end)
+        return tuple(part for part in parts if 0 <= part[1] < part[2])
 
     @property
     def num_think_targets(self) -> int:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from data.base.errors import UserError
-from data.exam import Exam, read_exam
-from data.leaks import Excluded, question_key
+from data.leaks import Excluded
+from data.reading.exam import Exam, read_exam
 from data.reading.rows import Row, check_columns, read_given, read_set
 
 MAX_GROUPS = 20  # values of --group-by with a loss of their own; the rest is one more
@@ -65,13 +65,14 @@ def load_split(config) -> Split:
     val = held.without(without_repeats(parts["val"], problems), "val", problems)
     held.add(val, "validation")
     train = held.without(without_repeats(parts["train"], problems), "train", problems, excluded)
-    train = [held.without_rewrites(row, problems, excluded) for row in without_corrected(train, problems)]
+    train = without_corrected(train, problems)
     sides = {row.location: side for side, rows in (("train", train), ("val", val), ("test", test)) for row in rows}
     for about in sets:
         about["notes"] += about.pop("feedback").said(sides)
     split = Split(train, val, make_report(config, sets, train, val, test, problems), test, exam=exam)
     split.labels = find_labels(val, config.group_by)
     split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
+    split.report["labels"] = split.labels
     for name, rows in (("train", train), ("evaluate", val)):
         if not rows:
             read = f"{split.report['rows']} rows read, val_fraction {config.val_fraction}"
@@ -161,21 +162,6 @@ class HeldOut:
             problems.append({"location": row.location, "problem": problem, "action": action})
         return kept
 
-    def without_rewrites(self, row: Row, problems: list[dict], excluded: Excluded) -> Row:
-        """The row without wordings that are held out."""
-        kept = []
-        for rewrite in row.rewrites:
-            if shared := self.begun.get(question_key(rewrite)):
-                problems.append(
-                    {"location": row.location, "problem": f"a rewrite is also {shared}", "action": "rewrite removed"}
-                )
-            elif excluded.asks([rewrite]):
-                problem = "a rewrite is in a file of --exclude or --exam"
-                problems.append({"location": row.location, "problem": problem, "action": "rewrite removed"})
-            else:
-                kept.append(rewrite)
-        return dataclasses.replace(row, rewrites=tuple(kept)) if row.rewrites else row
-
 
 def make_report(
     config, sets: list[dict], train: list[Row], val: list[Row], test: list[Row], problems: list[dict]
@@ -195,8 +181,6 @@ def make_report(
         "train_rows": len(train),
         "val_rows": len(val),
         "test_rows": len(test),
-        "rewritten_rows": sum(bool(row.rewrites) for row in train),
-        "rewrites": sum(len(row.rewrites) for row in train),
         "datasets": sets,
         "problems": problems,
     }

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 # What a column of a dataset can be; data/reading/formats.py has the names by which it is told.
-ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options", "rewrites")
+ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options")
 
 
 def may_change(default):
@@ -65,6 +65,8 @@ class TrainConfig:
 
     # The method: a Python file with the functions of loop/step.py; recipes/ has more.
     step_file: str = may_change("loop/step.py")
+    # Constants of the step file, in the place of the values that it gives them: RHO=0.1.
+    step_set: tuple[str, ...] = may_change(())
     # Rows in one micro-batch on each process.
     per_device_train_batch_size: int = may_change(1)
     # Micro-batches in one optimizer step on each process.
@@ -190,6 +192,15 @@ class TrainConfig:
             value = getattr(self, name)
             if not value or not all(part.strip() for part in ([value] if isinstance(value, str) else value)):
                 raise ValueError(f"{name} must not be empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved(TrainConfig):
+    """The settings as they act in a run: no `auto` is left, and the memory profile has become what it sets."""
+
+    optim: str = "adamw"  # or adamw_8bit: moments in 8 bits
+    weights: str = "float32"  # their type, and that of the gradients
+    loss_chunk: int = 1024  # targets whose logits exist at one time
 
 
 PRESETS = {

@@ -1,126 +1,177 @@
-"""Token-exact evaluation: the training loss over every held-out row, each counted once."""
+"""What an evaluation measures: the loss, what the thinking is worth, an exam, and what a step file brings.
 
+Each measure says which rows it wants and what it makes of their table of losses; all of them are computed in one pass.
+"""
+
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import ModuleType
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from data.batches import MicroBatch
-from loop.distributed import to_device
+from data.base.console import say
+from data.base.errors import UserError
+from data.base.language import tr
+from data.contexts import change_thinking, exam_prompts, exam_rows
+from data.dataset import Data
+from data.encode import Example
+from data.reading.choices import LETTERS, Question
+from loop.config import TrainConfig
+from loop.distributed import gather
+from loop.score import Scored, accuracy_of, loss_of, mean, perplexity, score, total
+from loop.start.step_file import run_own
 
-
-class EvalMetrics(NamedTuple):
-    """Mean cross-entropy per target token in nats, and the share of targets that are the model's likeliest next
-    token after the true ones before; a part without targets has NaN. close and stop are the one target that ends a
-    row's thinking and the one that ends the row: whether the model keeps the form, at no cost."""
-
-    loss: float
-    think_loss: float
-    answer_loss: float
-    think_accuracy: float
-    answer_accuracy: float
-    close_accuracy: float
-    stop_accuracy: float
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
+WEIGHTED = "eval/weighted_loss"  # decides which model is the best, unless the step file names another figure
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    accelerator: Accelerator,
-    check: Callable[[], None] = lambda: None,
-    each: Callable[[int, torch.Tensor], None] = lambda index, losses: None,
-) -> EvalMetrics:
-    """micro_batches: this rank's share of the rows, as many as every other rank has. check: called before each of
-    them; what it raises ends the evaluation. each: called with the number of a micro-batch and its losses (n,).
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One thing that is measured. A step file brings its own in `evaluators(data, config)`; they are then in
+    metrics.jsonl, in SwanLab, and in the report's tables and curves."""
 
-    Sums are added up exactly on the host and divided once, so the result depends neither on the evaluation batch
-    size nor on the number of ranks. The model is left in the mode it came in.
+    name: str  # of the figure; with a / in it
+    title: str  # of its curve
+    rows: Sequence[Example]  # to compute, such as those of data.val; the same on every rank
+    of: Callable[[list[Scored]], float | dict[str, float]]  # of their table; several figures are NAME/KEY
+    every: int = 0  # steps, a multiple of eval_steps; 0: at each evaluation
+    higher_is_better: bool = False
+
+
+class Evaluation:
+    """Everything that a run measures at an evaluation. All ranks call it."""
+
+    def __init__(self, data: Data, config: TrainConfig, accelerator: Accelerator, method: ModuleType):
+        """Raises UserError if what the step file brings cannot be measured."""
+        self.config, self.accelerator, self.method = config, accelerator, method
+        weights = config.think_weight, config.answer_weight
+        self.measures = [Measure("eval", "loss", data.val, lambda table: losses(table, *weights))]
+        if labels := data.split.labels:
+            self.measures.append(Measure("eval/loss", "groups", data.val, lambda table: by_label(table, labels)))
+        if config.think_probe:
+            self.measures += think_probe(data, config.max_length)
+        if data.split.exam:
+            self.measures.append(letter_exam(data, config))
+        self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
+        check_measures(self.own, config, method)
+        self.measures += self.own
+        wanted = [(len(row), row.prompt_length) for measure in self.measures for row in measure.rows]
+        if any(other != wanted for other in gather(wanted) if self.own):
+            raise UserError(f"evaluators in {method.__file__} wants other rows on one process than on another")
+
+    def __call__(self, model, step: int, check: Callable[[], None]) -> tuple[dict[str, float], list[Scored]]:
+        """(figures by name, the table of the validation rows). check: see `score`."""
+        is_last = step == self.config.max_steps
+        due = [one for one in self.measures if is_last or step % (one.every or self.config.eval_steps) == 0]
+        rows = [row for measure in due for row in measure.rows]
+        table = iter(score(model, rows, self.accelerator, check, self.config.per_device_eval_batch_size))
+        figures, val = {}, None
+        for measure in due:
+            part = [*itertools.islice(table, sum(len(row.parts) for row in measure.rows))]
+            val = part if val is None else val
+            found = self.figures_of(measure, part)
+            named = {f"{measure.name}/{key}": value for key, value in found.items()} if isinstance(found, dict) else {}
+            figures |= named or {measure.name: found}
+        return figures, val
+
+    def figures_of(self, measure: Measure, table: list[Scored]) -> float | dict[str, float]:
+        """Raises UserError if a step file's own gives no number."""
+        if measure not in self.own:
+            return measure.of(table)
+        found = run_own(self.method, f"the measure {measure.name}", table, call=measure.of)
+        for value in found.values() if isinstance(found, dict) else [found]:
+            if not isinstance(value, (int, float)):
+                raise UserError(f"the measure {measure.name} gives {value!r}; it gives a number, or a dict of numbers")
+        return found
+
+
+def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) -> None:
+    where = f"evaluators in {method.__file__}"
+    if not isinstance(own, list) or not all(isinstance(measure, Measure) for measure in own):
+        raise UserError(f"{where} returns a list of loop.evaluate.Measure")
+    for measure in own:
+        if "/" not in measure.name.strip("/") or measure.name.split("/")[0] in ("train", "perf", "memory"):
+            raise UserError(f"{where}: {measure.name!r} is no name of a figure; eval/long_answers is one")
+        if measure.every % config.eval_steps:
+            raise UserError(f"{where}: `every` of {measure.name} is no multiple of eval_steps {config.eval_steps}")
+
+
+def losses(table: list[Scored], think_weight: float = 1.0, answer_weight: float = 1.0) -> dict[str, float]:
+    """Of the validation rows. weighted_loss: as it is trained, with the weights of thinking and answer."""
+    found = {"loss": loss_of(table), "think_loss": loss_of(table, "think"), "answer_loss": loss_of(table, "answer")}
+    found |= {f"{part}_accuracy": accuracy_of(table, part) for part in ("think", "answer", "close", "stop")}
+    weights = {"think": think_weight, "answer": answer_weight}
+    lines = [line for line in table if line.part in weights]
+    weighted = total([weights[line.part] * line.loss_sum for line in lines if weights[line.part]])
+    found["weighted_loss"] = mean(weighted, sum(line.count for line in lines))
+    return found | {"perplexity": perplexity(found["loss"])}
+
+
+def by_label(table: list[Scored], labels: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """label -> loss of its rows. labels: of each row its set and group."""
+    groups: dict[str, list[Scored]] = {}
+    for line in table:
+        for label in labels.get(line.row, ()):
+            groups.setdefault(label, []).append(line)
+    return {label: loss_of(lines) for label, lines in sorted(groups.items())}
+
+
+def think_probe(data: Data, max_length: int) -> list[Measure]:
+    """Does the thinking help? The loss of the answers after a row's own thinking, after none, and after the thinking of
+    another row. If the answer follows from the thinking, the first is the lowest and the last the highest.
+
+    Each is over the same tokens: the answer without the blank line before it, which after no thinking is in the
+    prompt. The first comes with the evaluation; the others cost two more forwards of its rows, of which one is short.
     """
-    was_training = model.training
-    model.eval()
-    sums = []  # of each micro-batch: (loss, correct, count) x (think, answer, close, stop)
-    try:
-        for index, micro_batch in enumerate(micro_batches):
-            check()
-            inputs, *parts = to_device([micro_batch.inputs, *parts_of(micro_batch)], accelerator.device)
-            losses, is_correct = model(**inputs, count_correct=True)
-            measures = (losses, is_correct.to(losses.dtype), torch.ones_like(losses))
-            sums.append(torch.stack([(measure * part).sum() for measure in measures for part in parts]))
-            each(index, losses)
-    finally:
-        model.train(was_training)
-    columns = zip(*accelerator.gather(torch.stack(sums)).tolist(), strict=True)  # all ranks
-    totals = [total(column) for column in columns]
-    (think_loss, answer_loss, *_), correct, count = totals[:4], totals[4:8], totals[8:]
-    return EvalMetrics(
-        mean(think_loss + answer_loss, count[0] + count[1]),
-        mean(think_loss, count[0]),
-        mean(answer_loss, count[1]),
-        *map(mean, correct, count),
-    )
+    changed = change_thinking(data.split.val, data.val, data.tokenizer, max_length)
+    if not changed:
+        say("--think-probe measures nothing: fewer than two validation dialogues think")
+        return []
+
+    def of(table: list[Scored]) -> dict[str, float]:
+        return {name: loss_of(table, name) for name in changed}
+
+    return [Measure("think_probe", "thinking", [row for rows in changed.values() for row in rows], of)]
 
 
-def parts_of(micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-    """(n,) bool each, on the host: which targets are thinking, which answer, which end a row's thinking, which end a
-    row. An answer always follows the thinking, because it has at least its end token."""
-    is_think, inputs = micro_batch.is_think, micro_batch.inputs
-    closes = is_think & ~torch.cat([is_think[1:], is_think[:1]])
-    stops = torch.isin(inputs["target_positions"] + 2, inputs["cu_seqlens"][1:])
-    return is_think, ~is_think, closes, stops
+def letter_exam(data: Data, config: TrainConfig) -> Measure:
+    """An exam by the likelihood of the letter after a closed block of thinking."""
+    exam = data.split.exam
+    say(tr("exam: {}", exam))
+    prompts = exam_prompts(exam.questions, data.tokenizer, config.system_prompt)
+
+    def of(table: list[Scored]) -> dict[str, float]:
+        right = is_right(exam.questions, table)
+        return {"accuracy": sum(right) / len(right), "questions": len(right), "guessing": exam.guessing}
+
+    rows = exam_rows(prompts, data.tokenizer)
+    return Measure("exam", "exam accuracy", rows, of, every=config.exam_steps, higher_is_better=True)
 
 
-class LossOfGroups:
-    """The evaluation loss of each set and of each group of validation rows.
+def is_right(questions: list[Question], table: list[Scored]) -> list[bool]:
+    """Whether the likeliest letter of each question is that of the right choice. table: of `exam_rows`."""
+    by_row = [table[start : start + len(LETTERS)] for start in range(0, len(table), len(LETTERS))]
+    return [
+        min(range(len(question.choices)), key=lambda n: lines[n].loss_sum) == question.correct
+        for question, lines in zip(questions, by_row, strict=True)
+    ]
 
-    Rows are summed up one by one and the sums added exactly on the host, so that a group's loss, too, depends neither
-    on the batch size nor on the number of ranks.
+
+def rise_of(before: list[Scored], after: list[Scored], weights: dict[str, float]) -> tuple[float, float]:
+    """(how much the mean loss of a target rose, its standard error), both in nats, over rows that are in both tables.
+
+    The rows are drawn together, their targets are not: the error is that of a ratio of sums over rows (Cochran 1977,
+    section 6.4). NaN for fewer than two rows.
     """
-
-    def __init__(self, labels: list[list[tuple[tuple[str, ...], int]]]):
-        """labels: of each row of each micro-batch its labels and its number of targets; see `Data.eval_labels`."""
-        self.labels = labels
-        self.sums: list[torch.Tensor] = []
-
-    def add(self, index: int, losses: torch.Tensor) -> None:
-        if index == 0:  # an evaluation begins; one before may have been left
-            self.sums.clear()
-        if self.labels:
-            of_rows = losses.split([count for _, count in self.labels[index]])
-            self.sums.append(torch.stack([row.sum() for row in of_rows]))
-
-    def means(self) -> dict[str, float]:
-        """label -> mean loss of a target, over all ranks; every rank calls it."""
-        if not self.labels:
-            return {}
-        rows = [row for rows in self.labels for row in rows]
-        sums = torch.cat(self.sums).tolist()
-        found = [(labels, count, loss) for (labels, count), loss in zip(rows, sums, strict=True)]
-        groups: dict[str, list[tuple[int, float]]] = {}
-        for labels, count, loss in gather_object(found):
-            for label in labels:
-                groups.setdefault(label, []).append((count, loss))
-        return {
-            label: mean(total([loss for _, loss in rows]), sum(count for count, _ in rows))
-            for label, rows in sorted(groups.items())
-        }
-
-
-def total(values: Sequence[float]) -> float:
-    """The exact sum, rounded once, whatever the order."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
-def mean(total: float, count: float) -> float:
-    return total / count if count else math.nan
+    sums: dict[str, list[float]] = {}
+    for sign, table in ((-1, before), (1, after)):
+        for line in table:
+            if line.part in weights:
+                row = sums.setdefault(line.row, [0.0, 0.0])
+                row[0] += sign * weights[line.part] * line.loss_sum
+                row[1] += line.count / 2
+    count = total([count for _, count in sums.values()])
+    rise = mean(total([difference for difference, _ in sums.values()]), count)
+    rests = [(difference - rise * count) ** 2 for difference, count in sums.values()]
+    return rise, math.sqrt(total(rests) * len(sums) / (len(sums) - 1)) / count if len(sums) > 1 else math.nan

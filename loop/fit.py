@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -9,17 +10,15 @@ from transformers.utils.logging import disable_progress_bar
 from data.base.console import say
 from data.base.language import tr
 from data.dataset import Data, load_data
-from loop.config import TrainConfig
+from loop.config import Resolved, TrainConfig
 from loop.distributed import end_processes, make_accelerator, prepare, reshard, seed_step, to_device
-from loop.probes import Evaluation
+from loop.evaluate import Evaluation
 from loop.record.checkpoint import check_ranks_agree, load_checkpoint
 from loop.record.checkpoint_writer import CheckpointWriter
 from loop.record.interrupt import Interrupt, Stopped
 from loop.run import Run
-from loop.start.memory import PROFILES
 from loop.start.resolve import resolve
-from loop.start.step_file import load_step_file
-from loop.start.trial import finite
+from loop.start.step_file import finite, load_step_file
 from model.lora import add_lora
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer, meta_model
@@ -31,17 +30,17 @@ def fit(config: TrainConfig) -> bool:
     Raises UserError if it cannot begin, or diverges, or cannot write checkpoints; older ones are then intact.
     """
     disable_progress_bar()  # of loading and saving weights
-    method = load_step_file(config.step_file)
+    method = load_step_file(config.step_file, config.step_set)
     accelerator = make_accelerator(config)
     device = accelerator.device
     data = read_data(config, accelerator)
     outline = make_outline(config, data.tokenizer)
     config, plan = resolve(config, data, outline, accelerator)
     about = about_model(outline) | {"optimizers": plan.optimizers}
-    evaluation = Evaluation(data, config, accelerator)
+    evaluation = Evaluation(data, config, accelerator, method)
     if config.dry_run:
         return False
-    run = Run(config, data, plan, method, about, accelerator)
+    run = Run(config, data, plan, evaluation.own, method, about, accelerator)
     state = run.state
     if run.is_finished:
         say(tr("this run is finished: {}", run.summary(state.best_step, state.best_loss)))
@@ -60,8 +59,8 @@ def fit(config: TrainConfig) -> bool:
                 if run.due(config.eval_steps) and state.last_eval != state.step:
                     check_ranks_agree(model, root)
                     with suppress(Stopped), method.evaluated_weights(model, optimizers):
-                        metrics, more = evaluation(model, state.step, interrupt.check)
-                        run.evaluated(metrics, more, model, interrupt)
+                        figures, table = evaluation(model, state.step, interrupt.check)
+                        run.evaluated(figures, table, model, interrupt)
                     reshard(model)
 
                 # --- checkpoint, stop ---
@@ -110,17 +109,16 @@ def about_model(outline) -> dict:
     return {"num_parameters": outline.num_parameters(), "num_trainable_parameters": trainable}
 
 
-def build_model(config: TrainConfig, tokenizer, accelerator: Accelerator) -> SFTModel:
-    profile = PROFILES[config.memory]
+def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTModel:
     set_seed(config.seed)
     with accelerator.local_main_process_first():
         causal_lm = load_model(
             config.model,
             tokenizer,
             gradient_checkpointing=config.gradient_checkpointing == "on",
-            dtype=profile.weights,
+            dtype=getattr(torch, config.weights),
             compile=config.compile == "on",
         )
     if config.lora_rank:
         add_lora(causal_lm, config.lora_rank, config.model)
-    return SFTModel(causal_lm, profile.loss_chunk, compiled=config.compile in ("on", "loss"))
+    return SFTModel(causal_lm, config.loss_chunk, compiled=config.compile in ("on", "loss"))

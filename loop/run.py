@@ -6,7 +6,6 @@ import sys
 import time
 from contextlib import suppress
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from data.base.language import tr
 from data.dataset import Data
 from data.encode import digest
 from data.split import split_files
-from loop.config import TrainConfig
+from loop.config import Resolved
 from loop.distributed import on_main_process
-from loop.evaluate import EvalMetrics
+from loop.evaluate import WEIGHTED, Measure
 from loop.record.checkpoint_writer import SaveError, together
 from loop.record.interrupt import Interrupt, Stopped
 from loop.record.progress import Progress
@@ -41,14 +40,13 @@ from loop.record.run_folder import (
 )
 from loop.record.tracking import Tracker, peak_memory_gib
 from loop.samples import Samples
+from loop.score import Scored
 from loop.start.environment import return_freed_memory
 from loop.start.launcher import launch_command, resume_command
-from loop.start.memory import GIB, PROFILES, Plan
+from loop.start.memory import GIB, Plan
 from loop.start.step_file import record
 from loop.state import StepMetrics, TrainState, learning_rates
 from model.export import card, export
-
-WEIGHTED = "eval/weighted_loss"  # decides which model is the best, unless the step file names another figure
 
 
 class Run:
@@ -57,17 +55,27 @@ class Run:
     As a context it records how the run ended, if an error ends it.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, plan: Plan, step_file, about: dict, accelerator: Accelerator):
-        """about: num_parameters, and the class names of the optimizers. Raises UserError if the folder holds another
-        run, or is not the same for all processes."""
+    def __init__(
+        self,
+        config: Resolved,
+        data: Data,
+        plan: Plan,
+        measures: list[Measure],
+        step_file,
+        about: dict,
+        accelerator: Accelerator,
+    ):
+        """measures: those that the step file brings. about: num_parameters, and the class names of the optimizers.
+        Raises UserError if the folder holds another run, or is not the same for all processes."""
         self.config, self.data, self.plan, self.step_file, self.accelerator = config, data, plan, step_file, accelerator
         self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
         self.info = dataclasses.asdict(config) | {
             "rows_per_step": data.rows_per_step(config),
-            "train_rows": f"{len(data.train):,} with sha256 {digest(chain(data.train, data.wordings.rewrites))}",
+            "train_rows": f"{len(data.train):,} with sha256 {digest(data.train)}",
             "val_rows": f"{len(data.val):,} with sha256 {digest(data.val)}",
-            "weights": str(PROFILES[config.memory].weights),
+            "weights": f"torch.{config.weights}",
             "metric_for_best_model": getattr(step_file, "METRIC_FOR_BEST_MODEL", WEIGHTED),
+            "measures": {one.name: [one.title, one.higher_is_better] for one in measures},
             **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
         }
         device = accelerator.device
@@ -111,7 +119,7 @@ class Run:
         if is_main_process():
             # As the run began; what a later launch may change stays out of it.
             begun = read_run(self.folder) if is_trained(self.folder) else self.info
-            self.begun = begun | {name: self.info[name] for name in ("step_files", "launches")}
+            self.begun = begun | {name: self.info[name] for name in ("step_files", "launches", "measures")}
             write_json(self.folder / "run.json", self.begun)
             (self.folder / "data").mkdir(exist_ok=True)
             for name, lines in split_files(self.data.split).items():
@@ -139,14 +147,13 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
 
-    def evaluated(self, metrics: EvalMetrics, more: dict[str, float], model, interrupt: Interrupt) -> None:
-        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. more: what
-        else was measured.
+    def evaluated(self, row: dict[str, float], table: list[Scored], model, interrupt: Interrupt) -> None:
+        """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. row: its
+        figures; table: the losses of the validation rows.
 
         Raises Stopped if the run is asked to stop while the model answers: everything is then as it was. Raises
         UserError if no export can be made.
         """
-        row = {f"eval/{name}": value for name, value in metrics._asdict().items()} | more
         if self.info["metric_for_best_model"] not in row:
             raise UserError(
                 f"METRIC_FOR_BEST_MODEL of {self.config.step_file} is {self.info['metric_for_best_model']!r}, which no "
@@ -161,7 +168,7 @@ class Run:
                 step, kept = self.newer
                 say(f"best/ stays that of step {step} of the launch before: its {kept:.4f} is lower than {loss:.4f}")
             elif is_best:
-                self.export(metrics, loss, model)
+                self.export(row, loss, model)
                 self.newer = None
             state.evaluated(loss, self.config.early_stopping_min_delta, is_best)
         except SaveError as error:  # best_loss is always that of the model in best/
@@ -171,20 +178,20 @@ class Run:
             warn(f"the best model of step {state.step} could not be written: {error}")
         best_loss = math.nan if state.best_loss is None else state.best_loss
         verdict = tr("best") if is_best else tr("best was {:.4f} at step {}", best_loss, state.best_step)
-        losses = metrics.loss, metrics.think_loss, metrics.answer_loss
+        losses = (row[f"eval/{name}"] for name in ("loss", "think_loss", "answer_loss"))
         place = state.step, self.config.max_steps
         say(tr("step {}/{}  eval loss {:.4f} (think {:.4f}, answer {:.4f})  {}", *place, *losses, verdict))
-        row |= {"eval/perplexity": metrics.perplexity, "eval/best_loss": best_loss}
-        self.tracker.log(row | rates, state.step)
+        self.tracker.log(row | {"eval/best_loss": best_loss} | rates, state.step)
+        self.tracker.log_rows(table, state.step)
         self.progress.resume()
 
-    def export(self, metrics: EvalMetrics, loss: float, model) -> None:
+    def export(self, row: dict[str, float], loss: float, model) -> None:
         """All ranks; raises SaveError, with the older export intact."""
         causal_lm, tokenizer = self.accelerator.unwrap_model(model).causal_lm, self.data.tokenizer
         weights = self.accelerator.get_state_dict(model)
         weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
         figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
-        figures |= {"perplexity": metrics.perplexity, "deciding_loss": loss, **metrics._asdict()}
+        figures |= {name.removeprefix("eval/"): value for name, value in row.items()} | {"deciding_loss": loss}
         settings = self.info | figures, self.config.language, causal_lm.generation_config
         texts = card(*settings, tokenizer.chat_template)
         together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from data.base.errors import UserError
-from loop.evaluate import mean, total
+from loop.score import mean, total
 
 MAX_NONFINITE_IN_A_ROW = 3
 

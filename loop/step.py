@@ -22,7 +22,7 @@ def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
     ]
-    if config.memory in ("24g", "16g"):
+    if config.optim == "adamw_8bit":
         return [adamw_8bit(groups, lr=config.learning_rate)]
     return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
 

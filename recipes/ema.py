@@ -3,101 +3,41 @@
 Paper: Polyak and Juditsky 1992; the warm-up of the decay, min(DECAY, (1 + n) / (10 + n)), is that of TensorFlow's
 ExponentialMovingAverage. Cost: 4 bytes a parameter, in fp32 whatever the weights are, and one pass over the weights in
 each step; in an evaluation, where there are no gradients, a copy of the weights.
-Changed: train_step, evaluated_weights. Checkpoints hold the average in optimizer.state.
+Checkpoints hold the average in optimizer.state.
 """
 
-import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
-from loop.state import StepMetrics
-from model.adamw_8bit import adamw_8bit
+from loop.step import train_step as plain_step
 
 DECAY = 0.999
 
 
-def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
-    """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
-    ]
-    if config.memory in ("24g", "16g"):
-        return [adamw_8bit(groups, lr=config.learning_rate)]
-    return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
-
-
-def lr_multiplier(step, max_steps, config) -> float:
-    """Share of each group's peak in the update after `step` steps; the values of transformers' `get_scheduler`."""
-    warmup_steps = math.ceil(max_steps * config.warmup_ratio)
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
-
-
-def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
-    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
-
-    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
-    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
-    """
-    loss_sums = []
-    for number, (inputs, is_think) in enumerate(batch.micro_batches, start=1):
-        with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):
-            losses = model(**inputs)  # (n,) cross-entropy of each target
-            weights = is_think * config.think_weight + ~is_think * config.answer_weight
-            loss = (losses * weights).sum() / batch.num_targets
-            # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
-            accelerator.backward(loss * accelerator.num_processes)
-        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]).detach())
-    return torch.stack(loss_sums)
-
-
-def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
-    """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
-    loss_sums = forward_backward(model, batch, accelerator, config)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # all ranks
-    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), norm)  # the one wait for the device
-    if 0 < config.max_grad_norm < metrics.grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-        if metrics.finite:
-            optimizer.step()
-            update_average(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+@torch.no_grad()
+def train_step(model, optimizers, batch, accelerator, multiplier, config):
+    with torch.enable_grad():
+        metrics = plain_step(model, optimizers, batch, accelerator, multiplier, config)
+    states = [pair for optimizer in optimizers for pair in optimizer.state.items()]
+    for parameter, state in states if metrics.finite else ():
+        n = state["updates"] = state.get("updates", 0) + 1
+        if "average" not in state:
+            state["average"] = parameter.float().clone()  # bf16 would round most updates away
+        state["average"].lerp_(parameter.float(), 1 - min(DECAY, (1 + n) / (10 + n)))
     return metrics
 
 
-@torch.no_grad()
-def update_average(optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            n = state["updates"] = state.get("updates", 0) + 1
-            if "average" not in state:
-                state["average"] = parameter.detach().float().clone()  # bf16 would round most updates away
-            state["average"].lerp_(parameter.float(), 1 - min(DECAY, (1 + n) / (10 + n)))
-
-
 @contextmanager
+@torch.no_grad()
 def evaluated_weights(model, optimizers):
     """Within it the model has the averages as its weights; before the first update, its own."""
     averages = [(p, state["average"]) for o in optimizers for p, state in o.state.items() if "average" in state]
-    own = [parameter.detach().clone() for parameter, _ in averages]
-    copy(averages)
+    own = [parameter.clone() for parameter, _ in averages]
+    for parameter, average in averages:
+        parameter.copy_(average)
     try:
         yield
     finally:
-        copy([(parameter, weight) for (parameter, _), weight in zip(averages, own, strict=True)])
-
-
-@torch.no_grad()
-def copy(pairs) -> None:
-    for parameter, value in pairs:
-        parameter.copy_(value)
+        for (parameter, _), weight in zip(averages, own, strict=True):
+            parameter.copy_(weight)

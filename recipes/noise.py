@@ -2,83 +2,26 @@
 
 Paper: Neelakantan et al., arXiv:1511.06807, equation 1: variance ETA / (1 + step)^0.55.
 Cost: one draw for each parameter, with FSDP2 of the whole matrix on every rank (1.2 GB for Qwen3-1.7B's embedding).
-Changed: train_step. Every rank draws from the batch's seed, so the noise does not depend on the number of ranks.
+Every rank draws from the batch's seed, so the noise does not depend on the number of ranks.
 """
-
-import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loop.state import StepMetrics
-from model.adamw_8bit import adamw_8bit
+from loop.step import forward_backward
 
 ETA = 1e-8
 
 
-def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
-    """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
-    ]
-    if config.memory in ("24g", "16g"):
-        return [adamw_8bit(groups, lr=config.learning_rate)]
-    return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
-
-
-def lr_multiplier(step, max_steps, config) -> float:
-    """Share of each group's peak in the update after `step` steps; the values of transformers' `get_scheduler`."""
-    warmup_steps = math.ceil(max_steps * config.warmup_ratio)
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
-
-
-def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
-    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
-
-    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
-    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
-    """
-    loss_sums = []
-    for number, (inputs, is_think) in enumerate(batch.micro_batches, start=1):
-        with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):
-            losses = model(**inputs)  # (n,) cross-entropy of each target
-            weights = is_think * config.think_weight + ~is_think * config.answer_weight
-            loss = (losses * weights).sum() / batch.num_targets
-            # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
-            accelerator.backward(loss * accelerator.num_processes)
-        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]).detach())
-    return torch.stack(loss_sums)
-
-
-@torch.no_grad()
-def add_noise(model, seed: int, step: int) -> None:
-    deviation = math.sqrt(ETA / (1 + step) ** 0.55)
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        seed += 1
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device) * deviation
-        if isinstance(parameter, DTensor):  # each rank keeps its shard of the same numbers
-            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.grad.add_(noise)
-
-
 def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
-    """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
+    """That of loop/step.py, with a line that adds the noise."""
     loss_sums = forward_backward(model, batch, accelerator, config)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # all ranks
     metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), norm)  # the one wait for the device
     if 0 < config.max_grad_norm < metrics.grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
-    add_noise(model, batch.seed, batch.step)
+    add_noise(model, batch.seed, (ETA / (1 + batch.step) ** 0.55) ** 0.5)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
@@ -88,7 +31,10 @@ def train_step(model, optimizers, batch, accelerator, multiplier, config) -> Ste
     return metrics
 
 
-@contextmanager
-def evaluated_weights(model, optimizers):
-    """Within it the model has the weights that are evaluated, answer the samples and are exported: its own."""
-    yield
+def add_noise(model, seed: int, deviation: float) -> None:
+    for index, p in enumerate(p for p in model.parameters() if p.grad is not None):
+        generator = torch.Generator(p.device).manual_seed(seed + index)
+        noise = torch.randn(p.shape, generator=generator, device=p.device) * deviation
+        if isinstance(p, DTensor):  # each rank keeps its shard of the same numbers
+            noise = distribute_tensor(noise, p.device_mesh, p.placements, src_data_rank=None)
+        p.grad.add_(noise)

@@ -1,94 +1,33 @@
 """SAM, sharpness-aware minimisation: the gradient is taken at the worst point within RHO of the weights.
 
 Paper: Foret et al., arXiv:2010.01412, equation 2 and 3.
-Cost: a step takes twice the time; a second copy of the trained weights in memory. Changed: train_step. Both passes
-have the same dropout.
+Cost: a step takes twice the time; a second copy of the trained weights in memory. Both passes have the same dropout.
 """
-
-import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 
 from data.base.errors import UserError
-from loop.state import StepMetrics
-from model.adamw_8bit import adamw_8bit
+from loop.step import forward_backward as gradient
 
 RHO = 0.05  # in units of the weights, over all parameters together
 
 
-def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
-    """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if parameters[0].dtype == torch.bfloat16:
-        raise UserError("sam.py needs weights in fp32: bf16 would round its step of RHO away (--memory 24g has them)")
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
-    ]
-    if config.memory in ("24g", "16g"):
-        return [adamw_8bit(groups, lr=config.learning_rate)]
-    return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
-
-
-def lr_multiplier(step, max_steps, config) -> float:
-    """Share of each group's peak in the update after `step` steps; the values of transformers' `get_scheduler`."""
-    warmup_steps = math.ceil(max_steps * config.warmup_ratio)
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
-
-
 def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
-    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
-
-    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
-    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
-    """
-    loss_sums = []
-    for number, (inputs, is_think) in enumerate(batch.micro_batches, start=1):
-        with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):
-            losses = model(**inputs)  # (n,) cross-entropy of each target
-            weights = is_think * config.think_weight + ~is_think * config.answer_weight
-            loss = (losses * weights).sum() / batch.num_targets
-            # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
-            accelerator.backward(loss * accelerator.num_processes)
-        loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]).detach())
-    return torch.stack(loss_sums)
-
-
-def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
-    """One update of the weights, at `multiplier` of each group's peak rate; none if the gradient is not finite."""
+    """As that of loop/step.py, but for the point at which the gradient is taken."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained[0].dtype == torch.bfloat16:
+        raise UserError("sam.py needs weights in fp32: bf16 would round its step of RHO away (--memory 24g has them)")
     device = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(device):  # the second pass draws the same dropout
-        loss_sums = forward_backward(model, batch, accelerator, config)
+        loss_sums = gradient(model, batch, accelerator, config)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])  # all ranks
     with torch.no_grad():
         weights = [parameter.clone() for parameter in trained]
         for parameter in trained:
             parameter.add_(parameter.grad * (RHO / (norm + 1e-12)))
             parameter.grad = None
-    forward_backward(model, batch, accelerator, config)
+    gradient(model, batch, accelerator, config)
     with torch.no_grad():
         for parameter, weight in zip(trained, weights, strict=True):
             parameter.copy_(weight)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])  # all ranks
-    metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), norm)  # the one wait for the device
-    if 0 < config.max_grad_norm < metrics.grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-        if metrics.finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return metrics
-
-
-@contextmanager
-def evaluated_weights(model, optimizers):
-    """Within it the model has the weights that are evaluated, answer the samples and are exported: its own."""
-    yield
+    return loss_sums

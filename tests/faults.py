@@ -145,6 +145,7 @@ def record_rows(folder: str) -> None:
     import json
 
     import loop.probes
+
     from model.loss import SFTModel
 
     now, path = at_step(), Path(folder) / f"{rank()}.jsonl"
@@ -196,6 +197,7 @@ def in_fp64() -> None:
 def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
     """The loss of one rank is NaN in the updates that follow so many steps, or in evaluations (0 is the first)."""
     import loop.probes
+
     from model.loss import SFTModel
 
     now, count = at_step(), [-1]
@@ -214,6 +216,7 @@ def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
 def kill_around_evaluation(step: int, moment: str) -> None:
     """SIGKILL before the evaluation after `step` steps, once its loss is known, once it is exported, once logged."""
     import loop.probes
+
     from loop.run import Run
     from loop.state import TrainState
 
@@ -418,6 +421,7 @@ def cannot_import(package: str, reason: str = "") -> None:
 def signal_in(where: str, call: int, number: str) -> None:
     """A signal, to the last rank alone, when an evaluation, or answers to questions, begin for the call-th time."""
     import loop.probes
+
     import loop.samples
 
     owner, name = {"evaluate": (loop.probes, "evaluate"), "answer": (loop.samples, "reply_to")}[where]

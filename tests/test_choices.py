@@ -10,8 +10,8 @@ from conftest import good_row, load
 
 from data.base.errors import UserError
 from data.batches import pack
-from data.exam import read_exam
 from data.reading.choices import REFERS, LeftOut, base_of, read_question
+from data.reading.exam import read_exam
 
 FORMS = [json.loads(line) for line in Path(__file__).with_name("choices.json").open(encoding="utf-8")]
 

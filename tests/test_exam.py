@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import REAL, ROOT
+from loop.probes import is_right, letter_likelihoods
 from transformers import AutoModelForCausalLM
 
 from data.batches import rank_rows
-from data.exam import exam_prompts, exam_rows, read_exam
 from data.reading.choices import LETTERS, LeftOut, read_question
-from loop.probes import is_right, letter_likelihoods
+from data.reading.exam import exam_prompts, exam_rows, read_exam
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 from tools.exam import Score, mcnemar, scores_of, take

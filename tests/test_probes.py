@@ -10,7 +10,7 @@ from ranks import run
 from runs import curve
 from transformers import AutoModelForCausalLM
 
-from data.exam import read_exam
+from data.reading.exam import read_exam
 from model.qwen3 import load_tokenizer
 from tools.exam import take
 

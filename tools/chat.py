@@ -19,9 +19,9 @@ from loop.record.checkpoint import fingerprints
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
-from tools.reports.record import name_of, run_of
+from tools.shared.runs import name_of, run_of
 
-TEXTS = yaml.safe_load(Path(__file__).with_name("page") / "texts.yaml".read_text(encoding="utf-8"))
+TEXTS = yaml.safe_load((Path(__file__).with_name("page") / "texts.yaml").read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -21,22 +20,20 @@ from data.base.console import run_tool, visible
 from data.base.errors import UserError, cannot_import
 from data.base.files import write_text
 from data.base.language import speak, tr
-from data.batches import rank_batches
 from data.encode import Example, encode_rows, turns_of
 from data.reading.formats import Given
 from data.reading.rows import Row, read_given
-from loop.evaluate import evaluate, perplexity
+from loop.evaluate import losses
 from loop.record.run_folder import read_run
 from loop.samples import prompts
+from loop.score import perplexity, score
 from model.export import system_prompt_of
-from model.generate import BATCH, Reply, fast_dtype, format_rates, load_for_generation, reply_to
-from model.loss import SFTModel
-from model.qwen3 import find_model, load_model, load_tokenizer
+from model.generate import BATCH, Reply, format_rates, load_for_generation, reply_to
+from model.qwen3 import find_model, load_tokenizer
 from tools.report import TEMPLATES
-from tools.reports.record import name_of, read_rows, run_of
 from tools.shared.answers import keyword_overlap, overlap
+from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 
-PARTS = ("", "think_", "answer_")
 # name in the JSON -> what it is; * where lower is better
 MEASURES = {
     "loss": "loss, nats per token *",
@@ -95,7 +92,6 @@ def run() -> None:
         raise UserError(f"{args.dataset} has no rows")
     args.out.mkdir(parents=True, exist_ok=True)
     asked = rows[: args.num_rows]
-    accelerator = Accelerator()
     run = next(filter(None, map(run_of, args.models[::-1])), {})
     speak(run.get("language", "en"))
     examples, left_out = same_rows(args.models, rows, args.max_length or run.get("max_length", 2048), run)
@@ -103,12 +99,12 @@ def run() -> None:
     shown = shown if len(set(shown.values())) == len(shown) else {name: name for name in args.models}
     results = []
     for name in args.models:
-        losses = loss_of(name, examples[name], accelerator)
-        model, tokenizer = load_for_generation(name, accelerator.device)
+        figures = figures_of(name, examples[name], run)
+        model, tokenizer = load_for_generation(name, accelerator_of(run).device)
         replies = answer(model, tokenizer, asked, args.max_new_tokens, Path(name).name)
         answers = [reply.answer for reply in replies]
         references = [row.messages[-1]["content"] for row in asked]
-        figures = losses | overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
+        figures |= overlap(answers, references) | keyword_overlap(answers, references) | format_rates(replies)
         figures = {key: None if math.isnan(value) else value for key, value in figures.items()}  # NaN is no JSON
         results.append({"model": shown[name], **figures, "replies": [reply._asdict() for reply in replies]})
     questions = [{"question": row.messages[-2]["content"], "reference": row.messages[-1]["content"]} for row in asked]
@@ -169,15 +165,11 @@ def same_rows(models: list[str], rows: list[Row], max_length: int, run: dict) ->
     )
 
 
-def loss_of(name: str, examples: list[Example], accelerator: Accelerator) -> dict[str, float]:
-    """Token-exact, as the training evaluates, in the precision in which the model answers."""
-    tokenizer = load_tokenizer(name)
-    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
-    model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
-    batches = rank_batches(examples, batch_size=1, micro_batch_tokens=max(map(len, examples)))
-    metrics = evaluate(model, batches, accelerator)
-    perplexities = {f"{part}perplexity": perplexity(metrics._asdict()[f"{part}loss"]) for part in PARTS}
-    return {**metrics._asdict(), **perplexities}
+def figures_of(name: str, examples: list[Example], run: dict) -> dict[str, float]:
+    """Those of a run's evaluation, in its precision."""
+    accelerator = accelerator_of(run)
+    figures = losses(score(load_to_score(name, run, load_tokenizer(name), accelerator), examples, accelerator))
+    return figures | {f"{part}_perplexity": perplexity(figures[f"{part}_loss"]) for part in ("think", "answer")}
 
 
 def table_rows(report: dict) -> list[tuple[str, str, str, str]]:

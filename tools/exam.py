@@ -14,7 +14,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -23,18 +22,16 @@ from transformers.utils.logging import disable_progress_bar
 from data.base.console import run_tool, visible
 from data.base.files import write_text
 from data.base.language import speak, tr
-from data.batches import rank_rows
-from data.exam import exam_prompts, exam_rows, read_exam
+from data.contexts import exam_prompts, exam_rows
 from data.reading.choices import Question
+from data.reading.exam import read_exam
 from data.template import CLOSE, OPEN, opens_block
-from loop.probes import is_right, letter_likelihoods
+from loop.evaluate import is_right
+from loop.score import score
 from model.export import system_prompt_of
-from model.generate import chat_tokenizer, fast_dtype, load_for_generation, reply_to
-from model.loss import SFTModel
-from model.qwen3 import find_model, load_model
-from tools.reports.record import name_of, run_of
-
-TOKENS = 2048  # laid end to end in one forward
+from model.generate import chat_tokenizer, load_for_generation, reply_to
+from model.qwen3 import find_model
+from tools.shared.runs import accelerator_of, load_to_score, name_of, run_of
 
 
 class Score(NamedTuple):
@@ -53,25 +50,22 @@ class Score(NamedTuple):
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def take(
-    name: str, questions: list[Question], system: str, think: bool, max_new_tokens: int, accelerator
-) -> list[bool]:
-    """Which questions a model answers right, after a system prompt."""
+def take(name: str, questions: list[Question], system: str, run: dict, max_new_tokens: int = 0) -> list[bool]:
+    """Which questions a model answers right, after a system prompt. run: in whose precision; max_new_tokens: of its
+    thinking, 0 for none."""
     # Its own tokenizer: a model that does not think is asked without a block.
-    tokenizer = chat_tokenizer(name)
-    prompts = exam_prompts(questions, tokenizer, system, think)
-    if think:
+    tokenizer, accelerator = chat_tokenizer(name), accelerator_of(run)
+    prompts = exam_prompts(questions, tokenizer, system, max_new_tokens > 0)
+    if max_new_tokens:
         causal_lm, _ = load_for_generation(name, accelerator.device)
         replies = reply_to(causal_lm, tokenizer, prompts, max_new_tokens)
         prompts = [
             prompt + ("" if opens_block(prompt) else OPEN) + reply.think + CLOSE
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
-    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=fast_dtype(accelerator.device))
-    model = SFTModel(causal_lm, loss_chunk=1024).to(accelerator.device)
-    groups = rank_rows(exam_rows(prompts, tokenizer), batch_size=1, micro_batch_tokens=TOKENS)
-    with tqdm(total=len(groups), desc=Path(name).name, disable=None) as bar:
-        return is_right(questions, letter_likelihoods(model, groups, tokenizer, accelerator, check=bar.update))
+    model = load_to_score(name, run, tokenizer, accelerator)
+    with tqdm(desc=Path(name).name, disable=None) as bar:
+        return is_right(questions, score(model, exam_rows(prompts, tokenizer), accelerator, check=bar.update))
 
 
 def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
@@ -126,13 +120,13 @@ def run() -> None:
     if args.out and (args.out.exists() or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out} must be a new file in a folder that exists")
     disable_progress_bar()
-    speak(next((run["language"] for run in map(run_of, args.models) if "language" in run), "en"))
     exam = read_exam(args.exam)
-    questions, accelerator = exam.questions, Accelerator()
+    questions, run = exam.questions, next(filter(None, map(run_of, args.models)), {})
+    speak(run.get("language", "en"))
     own = (system_prompt_of(find_model(model)) for model in args.models)
     system = next(filter(None, own), "") if args.system is None else args.system
     print(f"{exam}\n" + tr("system prompt of all models: {}", visible(system) or "-"))
-    right = [take(model, questions, system, args.think, args.max_new_tokens, accelerator) for model in args.models]
+    right = [take(model, questions, system, run, args.max_new_tokens * args.think) for model in args.models]
     results = [scores_of(questions, answers) for answers in right]
     p = mcnemar(*right) if len(right) == 2 else None
     show(args.models, results, p, exam.guessing)

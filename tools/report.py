@@ -17,15 +17,17 @@ from data.base.errors import UserError
 from data.base.files import write_text
 from data.reading.source import public_name
 from loop.config import TrainConfig
+from loop.evaluate import rise_of
 from loop.start.step_file import DEFAULT as STEP_FILE
 from model.export import TEMPLATES as CARDS
 from model.export import plain
 from tools.reports.plots import draw, draw_runs
-from tools.reports.record import NOISE, Record, collapse, name_of, read_record
+from tools.reports.record import Record, collapse, read_record
+from tools.shared.runs import name_of
 
 NUM_ANSWERS = 5
 FEW_PROBED = 30  # of fewer rows nothing is said about the thinking
-FEW_ROWS = 100  # a verdict on fewer validation rows is said to be uncertain
+NOISE = 0.005  # share of a loss; a gain of the thinking under 4 times that is not called one
 # Settings of the method, beside the step file.
 METHOD = ("lora_rank", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm")
 METHOD += ("think_weight", "answer_weight", "num_train_epochs")
@@ -48,6 +50,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def with_error(value: float, error: float) -> str:
+    """+0.0196 ± 0.0071; the error only if it is known."""
+    return f"{value:+.4f} ± {error:.4f}" if is_number(error) else f"{value:+.4f}"
+
+
 def is_number(value) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
@@ -63,6 +70,7 @@ TEMPLATES.filters["duration"] = duration
 TEMPLATES.filters |= {"cell": CARDS.filters["cell"], "code": CARDS.filters["code"]}
 # A run from before these were measured has none.
 TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if is_number(share) else "-"
+TEMPLATES.filters["error"] = with_error
 TEMPLATES.filters["loss"] = lambda loss: f"{loss:.4f}" if is_number(loss) else "-"
 
 
@@ -79,7 +87,6 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         groups=record.groups,
         shown=record.answers[:NUM_ANSWERS],
         rates=record.rates,
-        few_rows=record.data["val"]["examples"] < FEW_ROWS,
         examined=[row for row in record.evaluations if "exam/accuracy" in row],
         probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
         gains=gains(record),
@@ -97,13 +104,14 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
 
 
 def methods(record: Record) -> list[tuple[str, str]]:
-    """(file, first line of its docstring) of the step files of a run that are not loop/step.py."""
+    """(file, first line of its docstring and what --step-set set) of the step files that are not loop/step.py."""
     found, own = [], first_line(STEP_FILE.read_text(encoding="utf-8"))
     for file in record.run.get("step_files", []):
         path = record.folder / "code" / file["file"]
         line = first_line(path.read_text(encoding="utf-8")) if path.is_file() else ""
+        values = ", ".join(f"{name} = {value!r}" for name, value in file.get("set", {}).items())
         if line != own:
-            found.append((file["file"], line))
+            found.append((file["file"], f"{line} ({values})" if values else line))
     return found
 
 
@@ -145,12 +153,20 @@ def write_comparison(run_dirs: list[Path], language: str | None, out: Path | Non
     text = TEMPLATES.get_template(f"runs.{language}.md").render(
         runs=list(zip(names, records, strict=True)),
         settings=different_settings(records),
-        best=min(records, key=lambda record: record.verdict.best["eval/loss"]),
+        best=(best := min(records, key=lambda record: record.verdict.best["eval/loss"])),
         same_data=len({(record.run["val_rows"]) for record in records}) == 1,
+        above=[above(record, best) for record in records],
+        own=dict.fromkeys(name for record in records for _, names in record.own.values() for name in names),
     )
     draw_runs(out / "runs.png", dict(zip(names, records, strict=True)), language)
     write_text(out / "runs.md", text)
     return out / "runs.md"
+
+
+def above(record: Record, best: Record) -> tuple[float, float]:
+    """How much a run's lowest loss is above that of the best run, and the error of that, paired over the rows."""
+    tables = [one.tables.get(one.verdict.best["step"], []) for one in (best, record)]
+    return rise_of(*tables, {"think": 1.0, "answer": 1.0})
 
 
 def names_of(run_dirs: list[Path]) -> list[str]:

@@ -17,12 +17,10 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -32,76 +30,16 @@ from data.base.console import run_tool, visible
 from data.base.errors import UserError
 from data.base.files import write_lines
 from data.base.language import speak, tr
-from data.batches import Collated, rank_rows
-from data.encode import Example, encode_turns, shorten_thinking
+from data.contexts import in_context
+from data.encode import Example, encode_rows
 from data.reading.rows import Row
-from loop.evaluate import LossOfGroups, evaluate
 from loop.record.run_folder import read_run
-from model.generate import fast_dtype
-from model.loss import SFTModel
-from model.qwen3 import load_model, load_tokenizer
-from tools.reports.record import read_side
+from loop.score import Scored, loss_of, score
+from model.qwen3 import load_tokenizer
+from tools.shared.runs import accelerator_of, load_to_score, read_side
 
 SUSPECT = 3.5  # deviations from the median, above which a row stands out (Iglewicz and Hoaglin 1993)
-TOKENS = 2048  # laid end to end in one forward
-
-
-class Losses(NamedTuple):
-    """Of each row, nats per token."""
-
-    think: list[float | None]
-    answer: list[float]
-
-
-def load(name: str, run: dict, tokenizer, device: torch.device) -> SFTModel:
-    """A model as it evaluates; `tiny` as it was before the run trained it."""
-    set_seed(run["seed"])
-    dtype = torch.float32 if name == "tiny" else fast_dtype(device)
-    causal_lm = load_model(name, tokenizer, gradient_checkpointing=False, dtype=dtype)
-    return SFTModel(causal_lm, loss_chunk=1024).to(device)
-
-
-def losses_of(model: SFTModel, rows: list[Example], accelerator: Accelerator, what: str = "") -> Losses:
-    """Of rows that each have a place of their own. what: shown beside a bar."""
-    groups = rank_rows(rows, batch_size=1, micro_batch_tokens=TOKENS)
-    labels = [
-        [
-            ((f"{row.location}/{part}",), count)
-            for row in group
-            for part, count in (("think", row.num_think_targets), ("answer", row.num_answer_targets))
-        ]
-        for group in groups
-    ]
-    parts = LossOfGroups(labels)
-    with tqdm(total=len(groups), desc=what, disable=None if what else True) as bar:
-        evaluate(model, Collated(groups), accelerator, check=bar.update, each=parts.add)
-    means = parts.means()
-    thinks = [means[f"{row.location}/think"] if row.num_think_targets else None for row in rows]
-    return Losses(thinks, [means[f"{row.location}/answer"] for row in rows])
-
-
-class Contexts:
-    """The last turn of each row after its own question and thinking, and after other ones."""
-
-    def __init__(self, rows: list[Row], tokenizer, max_length: int):
-        self.rows, self.tokenizer, self.max_length = rows, tokenizer, max_length
-
-    def encode(self, questions: list[str] | None = None, thinking: bool = True) -> list[Example]:
-        turns = []
-        for number, row in enumerate(self.rows):
-            *before, asked, reply = row.messages
-            if questions:
-                before, asked = before[: len(before) % 2], {**asked, "content": questions[number]}
-            if not thinking:
-                reply = {name: value for name, value in reply.items() if name != "reasoning_content"}
-            turns.append((str(number), [*before, asked, reply]))
-        return [self.fitting(*pair) for pair in zip(turns, encode_turns(turns, self.tokenizer), strict=True)]
-
-    def fitting(self, turn: tuple[str, list[dict]], row: Example) -> Example:
-        """With its thinking shortened, as in training. A row that is too long without it stays as it is."""
-        if len(row) <= self.max_length or not row.num_think_targets:
-            return row
-        return shorten_thinking(*turn, row, self.tokenizer, self.max_length) or row
+PARTS = ("think", "answer")
 
 
 def study(run_dir: Path, base: str | None) -> list[dict]:
@@ -109,49 +47,76 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     run, best = read_run(run_dir), run_dir / "best"
     if not best.is_dir():
         raise UserError(f"{run_dir} has no best/ yet; it comes with the first evaluation")
-    rows = [(side, row) for side in ("train", "val", "test") for row in read_side(run_dir, side)]
+    of_sides = {side: read_side(run_dir, side) for side in ("train", "val", "test")}
+    rows = [row for part in of_sides.values() for row in part]
+    sides = [side for side, part in of_sides.items() for _ in part]
     if len(rows) < 2:
         raise UserError(f"{run_dir}/data has fewer than two rows")
-    dialogues = [row for _, row in rows]
-    accelerator, own, name = Accelerator(), load_tokenizer(str(best)), base or run["model"]
-    tokenizer = own if name == "tiny" else load_tokenizer(name)
-    asked = [row.messages[-2]["content"] for row in dialogues]
+    accelerator, tokenizer, name = accelerator_of(run), load_tokenizer(str(best)), base or run["model"]
+    asked = [row.messages[-2]["content"] for row in rows]
     others = asked[len(asked) // 2 :] + asked[: len(asked) // 2]
 
-    contexts = Contexts(dialogues, own, run["max_length"])
-    model = load(str(best), run, own, accelerator.device)
-    after = losses_of(model, contexts.encode(), accelerator, "best, own question")
-    apart = losses_of(model, contexts.encode(others), accelerator, "best, other question")
-    after_silent = losses_of(model, contexts.encode(thinking=False), accelerator, "best, own question, no thinking")
-    apart_silent = losses_of(model, contexts.encode(others, False), accelerator, "best, other question, no thinking")
-    model = load(name, run, tokenizer, accelerator.device)
-    before = losses_of(
-        model, Contexts(dialogues, tokenizer, run["max_length"]).encode(), accelerator, "before training"
-    )
-    sides = [side for side, _ in rows]
-    follows = [other - own for other, own in zip(apart_silent.answer, after_silent.answer, strict=True)]
-    signs = (
-        beyond(after.think, apart.think),
-        beyond(after.answer, apart_silent.answer),
-        [-gain for gain in follows],
-    )
-    suspects = map(max, *(standard(sign, sides) for sign in signs))
+    model = load_to_score(str(best), run, tokenizer, accelerator)
+    after = losses_of(of_sides, tokenizer, run, model, accelerator, tr("best, own question"))
 
+    def in_other(part: str, **context) -> list[float | None]:
+        examples = in_context(rows, tokenizer, run["max_length"], **context)
+        table = with_bar(model, examples, accelerator, tr("best, other contexts"))
+        return [loss if loss == loss else None for loss in by_row(table, part, map(str, range(len(rows))))]
+
+    own_silent, apart_silent = in_other("answer", thinking=False), in_other("answer", thinking=False, questions=others)
+    apart = in_other("think", questions=others)
+    own = tokenizer if name == "tiny" else load_tokenizer(name)
+    model = load_to_score(name, run, own, accelerator)
+    before = losses_of(of_sides, own, run, model, accelerator, tr("before training"))
+
+    follows = [other - own for other, own in zip(apart_silent, own_silent, strict=True)]
+    signs = (beyond(after["think"], apart), beyond(after["answer"], apart_silent), [-gain for gain in follows])
+    suspects = map(max, *(standard(sign, sides) for sign in signs))
     lines = [
         {
             "location": row.location,
             "side": side,
             "suspect": suspect,
             "follows": follows[n],
-            "before": {"think": before.think[n], "answer": before.answer[n]},
-            "after": {"think": after.think[n], "answer": after.answer[n]},
+            "before": {part: losses[n] for part, losses in before.items()},
+            "after": {part: losses[n] for part, losses in after.items()},
             "question": asked[n],
             "answer": row.messages[-1]["content"],
             "columns": row.columns,
         }
-        for n, ((side, row), suspect) in enumerate(zip(rows, suspects, strict=True))
+        for n, (side, row, suspect) in enumerate(zip(sides, rows, suspects, strict=True))
     ]
     return sorted(lines, key=lambda line: -line["suspect"])
+
+
+def losses_of(of_sides: dict[str, list[Row]], tokenizer, run: dict, model, accelerator, what: str) -> dict[str, list]:
+    """think and answer -> of each row its loss as the run evaluates it, None without such a target. A row that is too
+    long for the run is scored as it is."""
+    table = []
+    for rows in of_sides.values():
+        examples, _ = encode_rows(rows, tokenizer, run["max_length"], "truncate")
+        kept = {example.location for example in examples}
+        left = [row for row in rows if row.location not in kept]
+        places = {str(number): row.location for number, row in enumerate(left)}
+        long = in_context(left, tokenizer, run["max_length"])
+        examples += [replace(example, location=places[example.location]) for example in long]
+        table += with_bar(model, examples, accelerator, what)
+    places = [row.location for rows in of_sides.values() for row in rows]
+    return {part: [loss if loss == loss else None for loss in by_row(table, part, places)] for part in PARTS}
+
+
+def with_bar(model, examples: list[Example], accelerator, what: str) -> list[Scored]:
+    with tqdm(desc=what, disable=None) as bar:
+        return score(model, examples, accelerator, check=bar.update)
+
+
+def by_row(table: list[Scored], part: str, places: Iterable[str]) -> list[float]:
+    """The loss of a part of each row; NaN for a row that has none."""
+    lines: dict[str, list[Scored]] = {}
+    for line in table:
+        lines.setdefault(line.row, []).append(line)
+    return [loss_of(lines.get(place, ()), part) for place in places]
 
 
 def beyond(losses: list[float | None], elsewhere: list[float | None]) -> list[float | None]:

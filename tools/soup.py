@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
@@ -20,25 +20,22 @@ from transformers.utils.logging import disable_progress_bar
 from data.base.console import run_tool
 from data.base.errors import UserError
 from data.base.language import speak, tr
-from data.batches import Collated, rank_rows
+from data.contexts import exam_prompts, exam_rows
 from data.encode import Example, encode_rows
-from data.exam import exam_prompts, exam_rows, read_exam
+from data.reading.exam import read_exam
 from data.reading.rows import read_given
-from loop.evaluate import EvalMetrics, evaluate
-from loop.probes import is_right, letter_likelihoods
+from loop.evaluate import is_right, losses
+from loop.score import loss_of, score
 from model.export import export, system_prompt_of
 from model.loss import SFTModel
-from model.qwen3 import find_model, load_tokenizer
+from model.qwen3 import find_model, load_model, load_tokenizer
 from tools.report import TEMPLATES
-from tools.reports.record import name_of, read_rows, run_of
-from tools.rows import TOKENS, load
-
-PACKING = {"batch_size": 1, "micro_batch_tokens": TOKENS}
+from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 
 
 class Mixture(NamedTuple):
     weight: float  # of the tuned model; 0 is the base
-    metrics: EvalMetrics
+    losses: dict[str, float]
     exam: float  # share of right answers; NaN without an exam
 
 
@@ -71,31 +68,34 @@ def read_examples(args: argparse.Namespace, run: dict, system: str, tokenizer) -
 
 def study(args: argparse.Namespace) -> list[Mixture]:
     """The base, the mixtures by weight, and the tuned model; writes the best mixture to args.out."""
-    accelerator, run = Accelerator(), run_of(str(args.tuned)) or {"seed": 0}
+    run = run_of(args.tuned)
     system, tokenizer = system_prompt_of(find_model(str(args.tuned))), load_tokenizer(str(args.tuned))
+    accelerator = accelerator_of(run)
     examples = read_examples(args, run, system, tokenizer)
     questions = read_exam(args.exam).questions if args.exam else []
-    asked = rank_rows(exam_rows(exam_prompts(questions, tokenizer, system), tokenizer), **PACKING) if questions else []
+    asked = exam_rows(exam_prompts(questions, tokenizer, system), tokenizer)
     base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
-    base = parameters_of(load(args.base, run, base_tokenizer, accelerator.device))
-    model = load(str(args.tuned), run, tokenizer, accelerator.device)
-    tuned = parameters_of(model)
+    base = parameters_of(args.base, run, base_tokenizer)
+    tuned = parameters_of(str(args.tuned), run, tokenizer)
     check_same_kind(base, tuned, [base_tokenizer.get_vocab(), tokenizer.get_vocab()])
-    found = []
+    model, found = load_to_score(str(args.tuned), run, tokenizer, accelerator), []
     for weight in (0.0, *sorted(set(args.weights)), 1.0):
         mix(model, base, tuned, weight)
-        metrics = evaluate(model, Collated(rank_rows(examples, **PACKING)), accelerator)
-        right = is_right(questions, letter_likelihoods(model, asked, tokenizer, accelerator)) if asked else []
-        found.append(Mixture(weight, metrics, sum(right) / len(right) if right else math.nan))
-        print(tr("weight {:g}: loss {:.4f}", weight, metrics.loss), flush=True)
+        table = score(model, examples, accelerator)
+        right = is_right(questions, score(model, asked, accelerator))
+        found.append(Mixture(weight, losses(table), sum(right) / len(right) if right else math.nan))
+        print(tr("weight {:g}: loss {:.4f}", weight, loss_of(table)), flush=True)
     mix(model, base, tuned, best_of(found).weight)
     texts = texts_of(args, run.get("language", "en"), found)
     export(model.causal_lm, model.causal_lm.state_dict(), tokenizer, args.out, texts)
     return found
 
 
-def parameters_of(model: SFTModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+def parameters_of(name: str, run: dict, tokenizer) -> dict[str, torch.Tensor]:
+    """On the host, in the model's own precision; of `tiny` those before the run trained it."""
+    set_seed(run.get("seed", 0))
+    dtype = torch.float32 if name == "tiny" else "auto"
+    return dict(SFTModel(load_model(name, tokenizer, False, dtype), loss_chunk=1).named_parameters())
 
 
 def texts_of(args: argparse.Namespace, language: str, found: list[Mixture]) -> dict[str, str]:
@@ -109,10 +109,10 @@ def texts_of(args: argparse.Namespace, language: str, found: list[Mixture]) -> d
 
 def best_of(found: list[Mixture]) -> Mixture:
     """The mixture of the lowest loss; neither model by itself. Raises UserError if no loss is finite."""
-    finite = [mixture for mixture in found if 0 < mixture.weight < 1 and math.isfinite(mixture.metrics.loss)]
+    finite = [mixture for mixture in found if 0 < mixture.weight < 1 and math.isfinite(mixture.losses["loss"])]
     if not finite:
         raise UserError("no mixture has a finite loss")
-    return min(finite, key=lambda mixture: mixture.metrics.loss)
+    return min(finite, key=lambda mixture: mixture.losses["loss"])
 
 
 def show(found: list[Mixture], names: list[str]) -> None:
@@ -123,11 +123,11 @@ def show(found: list[Mixture], names: list[str]) -> None:
             table.add_column(tr(title), justify="right")
     for mixture in found:
         name = {0.0: f"0 ({names[0]})", 1.0: f"1 ({names[1]})"}.get(mixture.weight, f"{mixture.weight:g}")
-        losses = (mixture.metrics.loss, mixture.metrics.think_loss, mixture.metrics.answer_loss)
-        cells = [name, *(f"{loss:.4f}" for loss in losses), f"{mixture.exam:.1%}"]
+        parts = (mixture.losses[name] for name in ("loss", "think_loss", "answer_loss"))
+        cells = [name, *(f"{loss:.4f}" for loss in parts), f"{mixture.exam:.1%}"]
         table.add_row(*cells[: len(table.columns)], style="bold" if mixture is best else None)
     Console(markup=False, emoji=False, highlight=False).print(table)
-    if found[-1].metrics.loss <= best.metrics.loss:
+    if found[-1].losses["loss"] <= best.losses["loss"]:
         print(tr("the tuned model by itself has a lower loss than each mixture; written is the best of these"))
 
 

@@ -15,7 +15,6 @@ COLUMNS = {
     "context": [{"context", "passage", "description", "病情描述"}],
     "question": [{"question", "query", "problem", "ask", "问题", "提问"}, {"prompt"}, {"instruction"}, {"input"}],
     "options": [{"option", "options", "选项"}],
-    "rewrites": [{"rewrites"}],
     "think": [
         {"think", "thinking", "thought", "reasoning", "reasoning_content", "reasoning_reasoning_content", "complex_cot",
          "cot", "chain_of_thought", "思考", "思考过程", "思路", "推理", "推理过程"},
@@ -43,7 +42,6 @@ class Dialogue(NamedTuple):
     used: dict[str, str]  # column -> what it became
     unused: list[str]  # columns and message keys that hold something and are in no message
     notes: list[tuple[str, str]]  # (what was odd, what was done)
-    rewrites: tuple[str, ...] = ()  # other wordings of the question, of which each epoch trains one
 
 
 def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialogue:
@@ -84,9 +82,8 @@ def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialo
     messages = [clean(message, notes) for message in messages]
     if not any(message.get("loss", True) for message in messages if message["role"] == "assistant"):
         raise ValueError("has no turn to train: `loss` is false in all of them")
-    rewrites = read_rewrites(row, [message["content"] for message in messages if message["role"] == "user"])
     unused = [*(name for name in row.filled if name not in row.used), *sorted(unused)]
-    return Dialogue(messages, row.used, unused, notes, rewrites)
+    return Dialogue(messages, row.used, unused, notes)
 
 
 class Columns:
@@ -175,39 +172,10 @@ def read_answer(row: Columns, unused: set[str]) -> list[dict]:
     return read_messages(answer, name, unused) if is_dialogue(answer) else [assistant(answer, name)]
 
 
-def read_rewrites(row: Columns, asked: list[str]) -> tuple[str, ...]:
-    """Other wordings of the one question, each once; a dialogue of several turns has none."""
-    value = row.take("rewrites")
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = as_list(value)
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("`rewrites` is not a list of texts")
-    if len(asked) > 1:
-        row.notes.append(("has rewrites of a dialogue with several questions", "rewrites not used"))
-        return ()
-    texts = {}
-    for text in filter(str.strip, value):
-        try:
-            texts[clean(user(text, "rewrites"), row.notes)["content"]] = None
-        except ValueError as reason:  # a marker of the chat template, say
-            row.notes.append((f"a rewrite {reason}", "rewrite not used"))
-    return tuple(text for text in texts if text != asked[0])
-
-
 def as_columns(row):
     """A row that is a list of messages, as the column that it would be."""
     is_dialogue = isinstance(row, list) and row and all(isinstance(item, dict) for item in row)
     return {"messages": row} if is_dialogue else row
-
-
-def as_list(text: str) -> list:
-    """A list as a table holds it, or one text."""
-    try:
-        return from_text(text.strip(), "rewrites") if text.lstrip()[:1] == "[" else [text]
-    except ValueError:
-        return [text]
 
 
 def is_dialogue(value) -> bool:

@@ -57,13 +57,16 @@ def read_file(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tu
 
 def read_rows(path: Path, name: str, part: str, notes: list[str]) -> Iterator[tuple[str, dict | str]]:
     kind, is_packed = file_type(path), path.suffix.lower() == ".gz"
-    with path.open("rb") as file:
-        head = file.read(64).lower()
+    if path.is_dir():
+        kind, head = ".arrow", b""
+    else:
+        with path.open("rb") as file:
+            head = file.read(64).lower()
     for sign, what in SIGNS.items():
         if head.startswith(sign) and not (sign.startswith(b"pk") and kind == ".xlsx") and not is_packed:
             raise UserError(f"{path} {what}")
     if kind in (".parquet", ".arrow", ".xlsx"):
-        read = {".parquet": read_parquet, ".arrow": read_arrow, ".xlsx": read_excel}[kind]
+        read = {".parquet": read_parquet, ".arrow": read_saved, ".xlsx": read_excel}[kind]
         # A sheet's first row is its header.
         for number, row in enumerate(read(path, notes), start=2 if kind == ".xlsx" else 1):
             yield f"{name} row {number}", row
@@ -257,17 +260,12 @@ def read_parquet(path: Path, notes: list[str]) -> Iterator[dict]:
     yield from rows_of(file.iter_batches(), path.name, notes)
 
 
-def read_arrow(path: Path, notes: list[str]) -> Iterator[dict]:
-    """As datasets writes it, a stream, or as a file."""
-    import pyarrow.ipc
+def read_saved(path: Path, notes: list[str]) -> Iterator[dict]:
+    """What datasets wrote: an Arrow file, or a folder of save_to_disk."""
+    from datasets import Dataset, load_from_disk
 
-    with pyarrow.memory_map(str(path)) as source:
-        try:
-            batches = iter(pyarrow.ipc.open_stream(source))
-        except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        yield from rows_of(batches, path.name, notes)
+    dataset = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
+    yield from rows_of(dataset.data.to_batches(), path.name, notes)
 
 
 def rows_of(batches, name: str, notes: list[str]) -> Iterator[dict]:

@@ -34,7 +34,6 @@ class Row:
     columns: dict  # as read
     messages: list[dict]  # of a data.reading.formats.Dialogue
     dataset: str = ""  # the label of its --dataset
-    rewrites: tuple[str, ...] = ()  # of a data.reading.formats.Dialogue
     is_correction: bool = False  # of a model's reply, by a person
 
     @property
@@ -46,15 +45,6 @@ class Row:
     def questions(self) -> list[str]:
         """After each turn the user's side so far; two rows are the same question if the last ones are equal."""
         return list(itertools.accumulate(map(question_key, self.asked), "{}\n{}".format))
-
-    @property
-    def reworded(self) -> list["Row"]:
-        """A row for each of `rewrites`."""
-        found = []
-        for number, text in enumerate(self.rewrites, start=1):
-            messages = [{**m, "content": text} if m["role"] == "user" else m for m in self.messages]
-            found.append(dataclasses.replace(self, location=f"{self.location} rewrite {number}", messages=messages))
-        return found
 
 
 def read_given(columns: Iterable[str]) -> Given:
@@ -104,7 +94,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         unused.update(dialogue.unused)
         problems += [{"location": location, "problem": what, "action": action} for what, action in dialogue.notes]
         is_correction = feedback.trained.get(location) == "corrected"
-        rows.append(Row(location, columns, dialogue.messages, label, dialogue.rewrites, is_correction))
+        rows.append(Row(location, columns, dialogue.messages, label, is_correction))
     unusable = sum(map(len, reasons.values()))
     if unusable > MAX_UNUSABLE * (len(read) + feedback.others.total()):
         raise UserError(f"{source.name}: {nothing_fits(reasons, unusable, read, given)}")

@@ -1,11 +1,9 @@
 """--dataset NAME -> the files that it means: the embedded sample, a file, a folder, or a set on ModelScope."""
 
-import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from data.base.errors import UserError
 from data.reading.hub import download, is_hub_id
@@ -55,7 +53,7 @@ class Source(NamedTuple):
 
 def is_set(files: list[Path]) -> bool:
     """Whether they are named together rather than each by itself."""
-    return len(files) > 1 or files[0].suffix == ".arrow"
+    return len(files) > 1 or files[0].is_dir()
 
 
 def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:
@@ -124,12 +122,12 @@ def in_order(splits: dict[str, list[Path]], part: str, order: tuple[str, ...], n
 def splits_of_folder(folder: Path, part: str, name: str) -> dict[str, list[Path]]:
     """Of a folder of data files, of a copy of a hub's set with its README, or of what datasets' save_to_disk wrote."""
     if (folder / "dataset_dict.json").is_file():  # of several splits
-        splits = read_index(folder / "dataset_dict.json", "splits")
+        splits = {path.parent.name: [path.parent] for path in sorted(folder.glob("*/state.json"))}
         if part not in ("", *splits):
             raise UserError(f"{name}: it holds the splits {', '.join(splits)}")
-        return {split: splits_of_folder(folder / split, "", name)[""] for split in ([part] if part else splits)}
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {"": [folder / file["filename"] for file in read_index(folder / "state.json", "_data_files")]}
+        return {part: splits[part]} if part else splits
+    if (folder / "state.json").is_file():
+        return {"": [folder]}
     subsets = subsets_of(folder)
     if part in subsets:
         return subsets[part]
@@ -150,13 +148,6 @@ def splits_of_folder(folder: Path, part: str, name: str) -> dict[str, list[Path]
     for path in files:
         splits.setdefault(split_of(path, folder), []).append(path)
     return splits
-
-
-def read_index(path: Path, key: str) -> list:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not what save_to_disk writes: it has no {key!r}") from error
 
 
 def is_left_behind(path: Path, folder: Path) -> bool:
@@ -198,21 +189,24 @@ def splits_of_hub(hub_id: str, file: str, part: str) -> dict[str, list[Path]]:
 
 
 def subsets_of(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Subset -> split -> files, from the head of a hub's README; empty without one, or if its files are not there."""
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    match = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
-    subsets: dict[str, dict[str, list[Path]]] = {}
+    """Subset -> split -> files, from the head of a hub's README as datasets reads it; empty without one, or if its
+    files are not there."""
+    readme, subsets = folder / "README.md", {}
+    text = readme.read_text(encoding="utf-8-sig", errors="replace") if readme.is_file() else ""
+    if "configs:" not in text:
+        return subsets
+    from datasets.data_files import DataFilesList, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
     try:
-        for config in (yaml.safe_load(match[1]) if match else {}).get("configs", []):
-            files = config["data_files"]
-            splits = subsets.setdefault(config["config_name"], {})
-            for file in [files] if isinstance(files, (str, dict)) else files:
-                file = {"split": "train", "path": file} if isinstance(file, str) else file
-                patterns = [file["path"]] if isinstance(file["path"], str) else file["path"]
-                found = sorted({path for pattern in patterns for path in folder.glob(pattern) if file_type(path)})
-                if found:
-                    splits.setdefault(str(file["split"]), []).extend(found)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
-        return {}  # a README of another form names no subsets
-    return {name: splits for name, splits in subsets.items() if splits}
+        head = DatasetCard(text, ignore_metadata_errors=True).data
+        for name, config in MetadataConfigs.from_dataset_card_data(head).items():
+            for split, patterns in sanitize_patterns(config["data_files"]).items():
+                with suppress(FileNotFoundError):
+                    found = map(Path, DataFilesList.from_patterns(patterns, base_path=str(folder)))
+                    if files := sorted(path for path in found if file_type(path)):
+                        subsets.setdefault(name, {})[split] = files
+    except Exception:  # a README of another form names no subsets
+        return {}
+    return subsets

@@ -29,7 +29,7 @@ from model.export import header_of, restore_export
 
 # Settings that another launch may change, and what is recorded apart from them.
 FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")}
-FREE |= {"step_files", "launches", "metric_for_best_model"}
+FREE |= {"step_files", "launches", "metric_for_best_model", "measures", "optim", "loss_chunk"}
 FINISHED = ("completed", "early_stopped")
 TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
@@ -134,7 +134,8 @@ def without_checkpoint(folder: Path, save_steps: int) -> TrainState:
             f"--model {shlex.quote(str(best))} --output-dir OTHER"
         )
     best_step = step_of(best) or 0
-    asides = {metrics: f"metrics-until-step-{step}.jsonl", folder / "samples.jsonl": f"samples-until-step-{step}.jsonl"}
+    files = ("metrics", "samples", "eval_rows")
+    asides = {folder / f"{name}.jsonl": f"{name}-until-step-{step}.jsonl" for name in files}
     asides |= {best: f"best-of-step-{best_step}"} if best_step else {}
     moved = [set_aside(path, name) for path, name in asides.items() if path.exists()]
     warn(

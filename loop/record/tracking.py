@@ -23,6 +23,7 @@ from data.base.console import is_main_process, say, warn
 from data.base.errors import UserError
 from data.base.files import write_text
 from loop.config import TrainConfig
+from loop.score import Scored, total
 from loop.state import TrainState
 
 FINISH_SECONDS = 60  # an online finish waits for the network without end
@@ -85,6 +86,8 @@ class Tracker:
         path = Path(config.output_dir) / "metrics.jsonl"
         keep_rows(path, state.step, lambda row: "eval/loss" not in row or row["step"] <= state.last_eval)
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.rows = path.with_name("eval_rows.jsonl")
+        keep_rows(self.rows, state.step, lambda row: row["step"] <= state.last_eval)
         if config.swanlab_mode != "disabled":
             self.start_swanlab(config, more)
 
@@ -120,15 +123,31 @@ class Tracker:
         if self.file is None:
             return
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        line = {"step": step}
-        for name, value in values.items():
-            line[name] = value if math.isfinite(value) else str(value)
         try:
+            line = {"step": step} | {name: as_json(value) for name, value in values.items()}
             self.file.write(json.dumps(line) + "\n")
         except OSError as error:
             warn(f"metrics.jsonl: {error}")
         # One NaN breaks a chart in the local dashboard for good.
         self.view({name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"}, step)
+
+    def log_rows(self, table: list[Scored], step: int) -> None:
+        """Adds to eval_rows.jsonl, for each row of the table, the sum of its loss and its number of targets, think and
+        answer."""
+        if self.file is None:
+            return
+        rows: dict[str, dict[str, list[Scored]]] = {}
+        for line in table:
+            if line.part in ("think", "answer"):
+                rows.setdefault(line.row, {}).setdefault(line.part, []).append(line)
+        try:
+            with self.rows.open("a", encoding="utf-8") as file:
+                for row, parts in rows.items():
+                    sums = {part: [as_json(total([line.loss_sum for line in lines])), sum(line.count for line in lines)]
+                            for part, lines in parts.items()}  # fmt: skip
+                    file.write(json.dumps({"step": step, "row": row, **sums}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            warn(f"{self.rows.name}: {error}")
 
     def log_text(self, name: str, texts: list[tuple[str, str]], step: int) -> None:
         """texts: (caption, text)"""
@@ -184,6 +203,11 @@ class Tracker:
         if ending.is_alive() or (self.mode == "offline" and len(folders) > 1):
             commands = [f"swanlab sync --id {self.run_id} {shlex.quote(str(folder))}" for folder in folders]
             say(f"SwanLab: upload all of this run with  {' && '.join(commands)}")
+
+
+def as_json(value: float) -> float | str:
+    """JSON has no number that is not finite."""
+    return value if math.isfinite(value) else str(value)
 
 
 def keep_rows(path: Path, step: int, keep: Callable[[dict], bool] = lambda row: True) -> None:

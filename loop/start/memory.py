@@ -14,7 +14,7 @@ import torch
 from data.base.console import warn
 from data.base.errors import UserError
 from data.base.language import tr
-from loop.config import TrainConfig
+from loop.config import Resolved
 from loop.start.trial import Tried, try_step
 
 GIB = 2**30
@@ -40,7 +40,7 @@ class Profile(NamedTuple):
     micro_batch_tokens: int  # 0: per_device_train_batch_size rows each
     loss_chunk: int  # targets whose logits exist at one time
     weights: torch.dtype  # of the gradients too
-    optim: str  # adamw, or adamw_8bit: moments in 8 bits, from torchao
+    optim: str  # adamw, or adamw_8bit, from torchao
     numerics: str
 
 
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
 
 
 def plan_all(
-    config: TrainConfig,
+    config: Resolved,
     causal_lm,
     lengths: list[int],
     device: torch.device,
@@ -101,7 +101,9 @@ def plan_all(
         tokens = min(sum(longest), max(limit, longest[0]))
         kind = profile.weights, profile.optim
         if kind not in tried:
-            tried[kind] = trial_of(causal_lm, dataclasses.replace(config, memory=name), profile.weights)
+            tried[kind] = trial_of(
+                causal_lm, dataclasses.replace(config, memory=name, optim=profile.optim), profile.weights
+            )
         trial = tried[kind]
         if isinstance(trial, str):
             plans[name] = Plan(name, profile, {"context and allocator": 0.0, "unknown": math.inf}, [], trial)
@@ -111,7 +113,7 @@ def plan_all(
     return plans
 
 
-def trial_of(causal_lm, config: TrainConfig, dtype: torch.dtype) -> Tried | str:
+def trial_of(causal_lm, config: Resolved, dtype: torch.dtype) -> Tried | str:
     """What the step keeps with a profile, or why it cannot be made with it."""
     try:
         return try_step(causal_lm, config, dtype)
@@ -147,7 +149,7 @@ def choose(plans: dict[str, Plan], memory: str, device: torch.device, available:
 
 def predict(
     profile: Profile,
-    config: TrainConfig,
+    config: Resolved,
     causal_lm,
     tokens: int,
     several: bool,
@@ -181,7 +183,7 @@ def predict(
 
 
 def phases_of_a_step(
-    profile: Profile, config: TrainConfig, causal_lm, tokens: int, several: bool, shards: int
+    profile: Profile, config: Resolved, causal_lm, tokens: int, several: bool, shards: int
 ) -> list[dict[str, float]]:
     """Bytes of each item beside weights and states, in the order of a step; the phase that needs most is the peak."""
     c, layers = causal_lm.config, causal_lm.model.layers
@@ -236,7 +238,7 @@ def kept_in_layer(c, factors: tuple) -> float:
     return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
 
 
-def disk_of(plan: Plan, causal_lm, config: TrainConfig, shards: int) -> float:
+def disk_of(plan: Plan, causal_lm, config: Resolved, shards: int) -> float:
     """Most bytes that a run has on disk: its checkpoints and the one being written, best/ and the one before it."""
     checkpoint = (plan.needs["weights"] + plan.needs["optimizer states"]) * shards
     number = min(config.save_total_limit, config.max_steps // config.save_steps) + 1

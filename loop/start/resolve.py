@@ -16,7 +16,7 @@ from data.base.console import is_main_process, say, visible, warn
 from data.base.errors import UserError
 from data.base.language import tr
 from data.dataset import Data
-from loop.config import TrainConfig
+from loop.config import Resolved, TrainConfig
 from loop.distributed import on_main_process
 from loop.record.run_folder import keep_global_batch
 from loop.record.tracking import choose_mode
@@ -33,7 +33,7 @@ COMPILING_PAYS = 2_000_000
 COMPILING_THE_LOSS_PAYS = 10**10
 
 
-def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[TrainConfig, Plan]:
+def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[Resolved, Plan]:
     """The settings as they act, and the bytes that the run will need. outline: the model on the meta device.
 
     Raises UserError if the run cannot be made on this device or with this number of processes.
@@ -46,10 +46,10 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
     tokens = int(data.train.lengths.sum()) * max_steps // data.steps_per_epoch(config) // processes
     compiled = what_to_compile(config, device, tokens, outline.config.vocab_size)
-    config = dataclasses.replace(config, max_steps=max_steps, compile=compiled)
+    config = Resolved(**dataclasses.asdict(config) | {"max_steps": max_steps, "compile": compiled})
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
-    lengths = data.wordings.lengths.tolist()
+    lengths = data.train.lengths.tolist()
     asked = ("speed", "32g") if config.memory == "auto" else (config.memory,)
     plans = plan_all(config, outline, lengths, device, shards, PROFILES if config.dry_run else asked)
     if all(plan.total > available for plan in plans.values()):  # what else would fit?
@@ -62,6 +62,9 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
         memory=plan.name,
         gradient_checkpointing="on" if plan.profile.gradient_checkpointing else "off",
         micro_batch_tokens=plan.profile.micro_batch_tokens,
+        optim=plan.profile.optim,
+        weights=str(plan.profile.weights).removeprefix("torch."),
+        loss_chunk=plan.profile.loss_chunk,
         swanlab_mode="disabled" if config.dry_run else choose_mode(config),
     )
     if config.mixed_precision == "bf16" and emulates_bf16(device):
@@ -74,11 +77,12 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     return config, plan
 
 
-def announce(config: TrainConfig, data: Data, plans: dict[str, Plan], available: float, accelerator) -> None:
+def announce(config: Resolved, data: Data, plans: dict[str, Plan], available: float, accelerator) -> None:
     """What acts, before a weight is loaded; on a dry run all of it."""
     device, processes, plan = accelerator.device, accelerator.num_processes, plans[config.memory]
     if config.dry_run:
-        say(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False))
+        settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+        say(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False))
     say(report_table(data.split.report, config.dry_run))
     if warning := thinking_warning(data.split.report):
         warn(warning)

@@ -28,10 +28,6 @@ def report_table(report: dict, dry_run: bool = False) -> str:
     )
     if report["test_rows"]:
         lines.append(tr("{:,} rows kept for a test, in data/test.jsonl", report["test_rows"]))
-    if number := report["rewrites"]:
-        lines.append(
-            tr("{} other wordings of {:,} questions, one wording in each epoch", number, report["rewritten_rows"])
-        )
     if report["excluded"]:
         lines.append(tr("{:,} rows left out, because --exclude or --exam holds them", report["excluded"]))
     problems = report["problems"]

@@ -1,48 +1,126 @@
 """The step file: found, loaded, and recorded, so that a run's folder says which code trained it."""
 
+import ast
+import difflib
 import hashlib
 import importlib.util
+import math
 import shutil
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
-from data.base.console import say
+import loop
+from data.base.console import say, warn
 from data.base.errors import UserError, one_line
 
 DEFAULT = Path(__file__).parent.parent / "step.py"
 ROOT = DEFAULT.parent.parent
 FUNCTIONS = ("make_optimizers", "lr_multiplier", "forward_backward", "train_step", "evaluated_weights")
+MAY_DEFINE = (*FUNCTIONS, "evaluators")
+PRODUCT = ("loop", "model", "data", "tools", "tests", "benchmarks", "train.py")
 
 
-def load_step_file(path: str) -> ModuleType:
-    """The module of a step file; recipes/ are found from any folder, and modules beside it can be imported. Raises
-    UserError with its line if it cannot be loaded, or lacks one of the five functions."""
+def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
+    """The method: the functions of a step file, and those of loop/step.py that it does not have. These call each
+    other in the step file's version; what it imports from loop.step is the original.
+
+    recipes/ are found from any folder, and modules beside the file can be imported. settings: NAME=VALUE, of constants
+    of the file. Raises UserError, with its line if it cannot be loaded.
+    """
     given, own = Path(path).expanduser(), ROOT / path
     file = own if own == DEFAULT or (own.is_file() and not given.is_file()) else given
     if not file.is_file():
         raise UserError(f"there is no step file {path}; --step-file names a Python file such as loop/step.py")
-    spec = importlib.util.spec_from_file_location("step_file", file)
-    if spec is None:
+    if file.suffix != ".py":
         raise UserError(f"--step-file {path}: a step file ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_file"] = module  # dataclasses look a class's module up
+    if file.resolve() == DEFAULT:
+        return run_file("step_file", file, path, settings)
+    base = run_file("loop.step", DEFAULT, "loop/step.py", ())
+    # Their originals: a step file that wraps one of them must not call itself.
+    originals = ModuleType("loop.step")
+    vars(originals).update(vars(base))
+    sys.modules["loop.step"] = loop.step = originals
     folder = str(file.resolve().parent)
-    if file.resolve() != DEFAULT and folder not in sys.path:
+    if folder not in sys.path:
         sys.path.append(folder)
+    method = run_file("step_file", file, path, settings)
+    changed = {name: getattr(method, name) for name in MAY_DEFINE if callable(getattr(method, name, None))}
+    if not changed:
+        raise UserError(f"--step-file {path} has none of the functions {', '.join(MAY_DEFINE)}; loop/step.py has five")
+    for name in set(vars(method)) - set(MAY_DEFINE):
+        near = difflib.get_close_matches(name, set(MAY_DEFINE) - set(changed), n=1, cutoff=0.9)
+        if near and getattr(vars(method)[name], "__module__", "") == "step_file":
+            warn(f"{path}: {name} is no function of a step; is {near[0]} meant?")
+    vars(base).update(changed)
+    for name in FUNCTIONS:
+        setattr(method, name, getattr(base, name))
+    return method
+
+
+def run_file(name: str, file: Path, path: str, settings: Iterable[str]) -> ModuleType:
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    if name == "step_file":
+        sys.modules[name] = module  # dataclasses look a class's module up
     try:
-        spec.loader.exec_module(module)
+        tree = ast.parse(file.read_bytes(), str(file))
+        module.STEP_SET = set_constants(tree, settings, path)
+        exec(compile(tree, str(file), "exec"), vars(module))
+    except UserError:
+        raise
     except SyntaxError as error:
         name = Path(error.filename or path).name
         raise UserError(f"--step-file {path}: {name}, line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         where = line_of(error, module)
         raise UserError(f"--step-file {path}: {where}: {type(error).__name__}: {one_line(error)}") from error
-    missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
-    if missing:
-        raise UserError(f"--step-file {path} has no function {', '.join(missing)}; loop/step.py shows all five")
     return module
+
+
+def set_constants(tree: ast.Module, settings: Iterable[str], path: str) -> dict:
+    """Writes values over the constants of a file: NAME = a literal, in capitals, outside of functions. Returns name ->
+    value. Raises UserError if there is no such name, or if the value is of another type."""
+    known = {}
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        target = node.target if isinstance(node, ast.AnnAssign) and node.value else target
+        if isinstance(target, ast.Name) and target.id.isupper() and is_literal(node.value):
+            known[target.id] = node
+    found = {}
+    for text in settings:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in known:
+            there = f"its constants are {', '.join(known)}" if known else "it has no constants in capitals"
+            raise UserError(f"--step-set {text}: NAME=VALUE sets a constant of {path}; {there}")
+        before = ast.literal_eval(known[name].value)
+        found[name] = converted(value, before, text)
+        known[name].value = ast.copy_location(ast.parse(repr(found[name]), mode="eval").body, known[name].value)
+        ast.fix_missing_locations(known[name])
+    return found
+
+
+def is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def converted(text: str, before, setting: str):
+    """A value as a constant's own type. Raises UserError if it is another."""
+    if isinstance(before, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+        value = float(value) if type(before) is float and type(value) is int else value
+    except (ValueError, SyntaxError):
+        value = text
+    if (before is not None and type(value) is not type(before)) or value != value:
+        raise UserError(f"--step-set {setting}: the file has {before!r}, so a {type(before).__name__} is needed")
+    return value
 
 
 def line_of(error: BaseException, module: ModuleType) -> str:
@@ -50,44 +128,94 @@ def line_of(error: BaseException, module: ModuleType) -> str:
     folder = Path(module.__file__).resolve().parent
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else Path(module.__file__).name
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else name_of(module)
 
 
-def imports_of(step_file: ModuleType) -> dict[str, Path]:
-    """Name -> file of the modules that a step file has from its own folder or from recipes/."""
-    own = Path(step_file.__file__).resolve()
-    folders = {own.parent, ROOT / "recipes"} - {DEFAULT.parent}
-    files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
-             if getattr(module, "__file__", None)}  # fmt: skip
-    others = {own, ROOT / "train.py"}
-    return {name: file for name, file in sorted(files.items()) if file.parent in folders and file not in others}
+def name_of(method: ModuleType) -> str:
+    return Path(method.__file__).name
 
 
-def record(folder: Path, step_file: ModuleType, optimizers: list[str], before: list[dict], start: int) -> list[dict]:
+def run_own(method: ModuleType, name: str, *args, call: Callable | None = None, passes: tuple = ()):
+    """One of the functions of a step file, or `call`. What it raises becomes a message with its line, but for the
+    errors in passes."""
+    try:
+        return (call or getattr(method, name))(*args)
+    except Exception as error:
+        if isinstance(error, (UserError, *passes)):
+            raise
+        raise UserError(f"{name} in {line_of(error, method)}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def finite(multiplier, method: ModuleType):
+    """What lr_multiplier gave. Raises UserError if it is no finite number."""
+    try:
+        is_finite = math.isfinite(multiplier)
+    except TypeError:
+        is_finite = False
+    if not is_finite:
+        raise UserError(f"lr_multiplier in {name_of(method)} gave {multiplier!r}; it gives a finite number")
+    return multiplier
+
+
+def imports_of(method: ModuleType) -> dict[str, Path]:
+    """Name in the record -> file: loop/step.py, and what the step file has from the project, but for loop/ and model/,
+    or from the folder in which it lies."""
+    own = Path(method.__file__).resolve()
+    if own == DEFAULT:
+        return {}
+    named = names_in(ast.parse(own.read_bytes()))
+    found = {"loop/step.py": DEFAULT}
+    for name, module in sorted(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/").resolve()
+        if file == own or file.suffix != ".py" or file.is_relative_to(sys.prefix) or "site-packages" in file.parts:
+            continue
+        if file.is_relative_to(ROOT):
+            top = file.relative_to(ROOT).parts[0]
+            is_beside = file.is_relative_to(own.parent) and own.parent.is_relative_to(ROOT) and own.parent != ROOT
+            if top == "recipes" or is_beside or (name in named and top not in ("loop", "model")):
+                found[file.relative_to(ROOT).as_posix()] = file
+        elif file.is_relative_to(own.parent):
+            found[file.relative_to(own.parent).as_posix()] = file
+    return found
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """Modules that a file imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def record(folder: Path, method: ModuleType, optimizers: list[str], before: list[dict], start: int) -> list[dict]:
     """The step files of a run, each with the step from which it trained; this one, from step `start` on, is copied to
-    folder/code/ with what it imports from beside it. before: those in run.json. Raises UserError if the same file makes
-    other optimizers than before."""
-    source, imports = Path(step_file.__file__), imports_of(step_file)
+    folder/code/ with what it imports. before: those in run.json. Raises UserError if the same file makes other
+    optimizers than before."""
+    source, imports = Path(method.__file__), imports_of(method)
     now = {"sha256": sha256_of(source), "optimizers": optimizers}
     if imports:
-        now["imports"] = {file.name: sha256_of(file) for file in imports.values()}
+        now["imports"] = {name: sha256_of(file) for name, file in imports.items()}
+    if method.STEP_SET:
+        now["set"] = method.STEP_SET
     entries = [entry for entry in before if entry["from_step"] < start]
     was = entries[-1] if entries else {}
-    if was.items() >= now.items():
+    if {**was, "set": was.get("set")}.items() >= {**now, "set": now.get("set")}.items():
         return entries
     since = f"-from-step-{start}" if start else ""
     copy = folder / "code" / f"{source.stem}{since}.py"
     if was:
         changed = f"{was['optimizers']} -> {optimizers}"
-        if was["sha256"] == now["sha256"] and was.get("imports") == now.get("imports"):
+        if all(was.get(name) == now.get(name) for name in ("sha256", "imports", "set")):
             raise UserError(f"{folder} was trained with other optimizers: {changed}; give --memory as it was")
         say(f"another step file from step {start} on: {was['file']} -> {source.name}, see {copy.parent}")
         if was["optimizers"] != optimizers:
             say(f"optimizers {changed}: their state begins anew, weights go on")
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(source, copy)
-    for file in imports.values():
-        shutil.copyfile(file, copy.parent / f"{file.stem}{since}.py")
+    for name, file in {copy.name: source, **{f"{name[:-3]}{since}.py": file for name, file in imports.items()}}.items():
+        (copy.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy.parent / name)
     return [*entries, {"file": copy.name, "from_step": start, **now}]
 
 

@@ -9,7 +9,6 @@ import logging
 import math
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,9 +27,9 @@ from data.base.console import warn
 from data.base.errors import UserError, one_line
 from data.batches import make_batch
 from data.encode import Example
-from loop.config import TrainConfig
+from loop.config import Resolved
 from loop.distributed import note_peaks
-from loop.start.step_file import line_of, load_step_file
+from loop.start.step_file import finite, load_step_file, name_of, run_own
 from loop.state import StepMetrics
 from model.loss import SFTModel
 
@@ -99,13 +98,13 @@ class Gradients(torch.autograd.Function):
         return None, *map(torch.empty_like, ctx.parameters)
 
 
-def try_step(outline: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> Tried:
+def try_step(outline: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> Tried:
     """outline: the model, on the meta device will do. dtype: of the weights.
 
     Raises UserError with file and line if the step cannot be made, or keeps what no checkpoint holds.
     """
-    method = load_step_file(config.step_file)  # a copy of its own, which the run does not see
-    file = Path(method.__file__).name
+    method = load_step_file(config.step_file, config.step_set)  # a copy of its own, which the run does not see
+    file = name_of(method)
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(outline, dtype) as model:
         optimizers = run_own(method, "make_optimizers", model, config)
@@ -156,7 +155,8 @@ def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> 
     rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial") for _ in range(2)]
     batch = make_batch(rows, batch_size=1, step=step)
     finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
-    metrics = run_own(method, "train_step", model, optimizers, batch, Alone(model.live), 1.0, config)
+    alone = Alone(model.live)
+    metrics = run_own(method, "train_step", model, optimizers, batch, alone, 1.0, config, passes=NOT_FAKE)
     if not isinstance(metrics, StepMetrics):
         raise UserError(f"train_step in {name_of(method)} returned {type(metrics).__name__}; it returns StepMetrics")
     with run_own(method, "evaluated_weights", model, optimizers):
@@ -196,31 +196,6 @@ class Alone:
         return torch.enable_grad()
 
     autocast = no_sync
-
-
-def run_own(method: ModuleType, name: str, *args):
-    """One of the five functions. What it raises becomes a message with its line, unless it may lack values only."""
-    try:
-        return getattr(method, name)(*args)
-    except Exception as error:
-        if isinstance(error, UserError) or (name == "train_step" and isinstance(error, NOT_FAKE)):
-            raise
-        raise UserError(f"{name} in {line_of(error, method)}: {type(error).__name__}: {one_line(error)}") from error
-
-
-def name_of(method: ModuleType) -> str:
-    return Path(method.__file__).name
-
-
-def finite(multiplier, method: ModuleType):
-    """What lr_multiplier gave. Raises UserError if it is no finite number."""
-    try:
-        is_finite = math.isfinite(multiplier)
-    except TypeError:
-        is_finite = False
-    if not is_finite:
-        raise UserError(f"lr_multiplier in {name_of(method)} gave {multiplier!r}; it gives a finite number")
-    return multiplier
 
 
 def check_optimizers(optimizers, model, file: str) -> None:

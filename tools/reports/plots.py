@@ -12,6 +12,13 @@ from tools.reports.record import Group, Record
 # matplotlib has no Chinese font of its own; these come with systems, best first.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
+PROBE = {
+    "loss of the answer, by the thinking before it": {
+        "think_probe/own": "own thinking",
+        "think_probe/none": "no thinking",
+        "think_probe/other": "another row's thinking",
+    }
+}
 LABELS = Path(__file__).with_name("templates") / "labels.zh.yaml"
 
 
@@ -96,7 +103,11 @@ def draw(folder: Path, record: Record, language: str) -> None:
     if record.groups:
         draw_groups(canvas, folder / "groups.png", record.groups)
     if any("think_probe/own" in row for row in record.evaluations):
-        draw_think_probe(canvas, folder / "think_probe.png", record)
+        draw_curves(canvas, folder / "think_probe.png", record, PROBE)
+    if record.own:
+        own = {title: {name: name.removeprefix(f"{measure}/") for name in names}
+               for measure, (title, names) in record.own.items()}  # fmt: skip
+        draw_curves(canvas, folder / "own.png", record, own)
 
 
 def add_epochs(canvas: Canvas, axes, record: Record) -> None:
@@ -214,15 +225,15 @@ def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
     canvas.save(figure, path)
 
 
-def draw_think_probe(canvas: Canvas, path: Path, record: Record) -> None:
-    figure, axes = canvas.panels(1, 9, 4.5)
-    for name, label, color in (
-        ("other", "another row's thinking", "C3"), ("none", "no thinking", "C7"), ("own", "own thinking", "C0")
-    ):  # fmt: skip
-        canvas.line(axes, record.evaluations, f"think_probe/{name}", canvas.say(label), color=color, marker="o")
-    axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
-    axes.set_title(canvas.say("loss of the answer, by the thinking before it"))
-    add_epochs(canvas, axes, record)
+def draw_curves(canvas: Canvas, path: Path, record: Record, panels: dict[str, dict[str, str]]) -> None:
+    """A panel for each title. panels: title -> name of a figure -> its label."""
+    figure, axes = canvas.panels(len(panels), max(7, 5 * len(panels)), 4.5, squeeze=False)
+    for panel, (title, figures) in zip(axes[0], panels.items(), strict=True):
+        for name, label in figures.items():
+            canvas.line(panel, record.evaluations, name, canvas.say(label), marker="o")
+        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
+        panel.axvline(record.verdict.best["step"], color="C2", linestyle="--")
+        add_epochs(canvas, panel, record)
     canvas.save(figure, path)
 
 

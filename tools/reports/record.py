@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.base.errors import UserError
-from data.reading.formats import Given, read_row
-from data.reading.read import read_file
-from data.reading.rows import Row, read_given
-from data.reading.source import find_source
+from loop.evaluate import rise_of
 from loop.record.run_folder import is_held, read_run, read_status, utc
+from loop.score import Scored
 from model.generate import Reply, format_rates
 
 GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
-# A rise of the evaluation loss by less than this share of it is not called overfitting.
-NOISE = 0.005
 
 
 class Verdict(NamedTuple):
@@ -32,18 +28,23 @@ class Verdict(NamedTuple):
     best: dict
     last: dict  # with a finite loss
     worse: dict  # the first one after the best
-    rise: float  # of the last over the best, in nats
+    rise: float  # of the weighted loss from the best to the last, in nats
+    error: float  # its standard error, paired over the rows; NaN if it is not known
+    rows: int  # that it rests on
     train_fall: float  # of the train loss over the same steps, in nats; NaN if it is not known
 
 
 class Group(NamedTuple):
-    """A set or a group of validation rows, and its evaluation loss before training, at the best step and at the end."""
+    """A set or a group of validation rows: its evaluation loss before training, at the best step and at the end, and
+    the rise from the best to the last with its standard error."""
 
     name: str
     rows: int
     first: float
     best: float
     last: float
+    rise: float
+    error: float
 
 
 class Record(NamedTuple):
@@ -58,6 +59,21 @@ class Record(NamedTuple):
     answers: list[dict]  # rows of samples.jsonl: of the best model, or of the newest evaluation
     sampled: dict
     step: int
+    tables: dict[int, list[Scored]]  # step -> losses of the validation rows, at the best step and the last
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {part: self.run.get(f"{part}_weight", 1.0) for part in ("think", "answer")}
+
+    @property
+    def own(self) -> dict[str, tuple[str, list[str]]]:
+        """Of each measure that the step file brought: its title, and its figures that are there."""
+        names = dict.fromkeys(name for row in self.evaluations for name in row)
+        return {
+            measure: (title + (" ↑" if higher else " ↓"), found)
+            for measure, (title, higher) in self.run.get("measures", {}).items()
+            if (found := [name for name in names if name == measure or name.startswith(f"{measure}/")])
+        }
 
     @property
     def rates(self) -> dict[str, float]:
@@ -108,10 +124,13 @@ class Record(NamedTuple):
     def groups(self) -> list[Group]:
         counts, (first, best, last) = self.data.get("groups", {}), self.verdict[1:4]
         names = [key.removeprefix(GROUP) for key in self.evaluations[0] if key.startswith(GROUP)]
-        return [
-            Group(name, counts.get(name, 0), *(row.get(GROUP + name, math.nan) for row in (first, best, last)))
-            for name in names
-        ]
+        labels, found = self.data.get("labels", {}), []
+        for name in names:
+            tables = ([line for line in self.tables.get(row["step"], ()) if name in labels.get(line.row, ())]
+                      for row in (best, last))  # fmt: skip
+            losses = [row.get(GROUP + name, math.nan) for row in (first, best, last)]
+            found.append(Group(name, counts.get(name, 0), *losses, *rise_of(*tables, {"think": 1.0, "answer": 1.0})))
+        return found
 
 
 def read_record(run_dir: Path) -> Record:
@@ -135,6 +154,8 @@ def read_record(run_dir: Path) -> Record:
         answers = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     launch = read_status(run_dir)
     status = launch.get("status")
+    best, last = best_and_last(evaluations)
+    tables = read_tables(run_dir / "eval_rows.jsonl", {best["step"], last["step"]})
     return Record(
         folder=run_dir,
         run=run,
@@ -143,10 +164,11 @@ def read_record(run_dir: Path) -> Record:
         status="killed" if status == "running" and not is_held(run_dir) else status,
         train=train,
         evaluations=evaluations,
-        verdict=judge(evaluations, train),
+        verdict=judge(evaluations, train, tables, run),
         answers=answers,
         sampled=sampled_in_training(samples),
         step=max(row["step"] for row in [*rows, {"step": 0, **launch}]),
+        tables=tables,
     )
 
 
@@ -159,13 +181,21 @@ def sampled_in_training(samples: list[dict]) -> dict:
     return {"times": len(steps), "questions": len(training) // max(1, len(steps)), "cuts": sorted(cuts.values())}
 
 
-def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
+def best_and_last(evaluations: list[dict]) -> tuple[dict, dict]:
     finite = [row for row in evaluations if math.isfinite(row["decides"])]
-    best = min(finite, key=lambda row: row["decides"])
-    first, last = evaluations[0], finite[-1]
+    return min(finite, key=lambda row: row["decides"]), finite[-1]
+
+
+def judge(evaluations: list[dict], train: list[dict], tables: dict[int, list[Scored]], run: dict) -> Verdict:
+    """It overfits if the loss rose by more than twice the error of the rise; without losses of rows nothing is said."""
+    first, (best, last) = evaluations[0], best_and_last(evaluations)
     later = [row for row in evaluations if row["step"] > best["step"]]
     after = [row for row in later if math.isfinite(row["decides"])]
-    rise = last["decides"] - best["decides"]
+    rise, error, rows = last["decides"] - best["decides"], math.nan, 0
+    if len(tables) == 2:
+        before, now = tables[best["step"]], tables[last["step"]]
+        rise, error = rise_of(before, now, {part: run.get(f"{part}_weight", 1.0) for part in ("think", "answer")})
+        rows = len({line.row for line in now})
     until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
     fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
     if not later:
@@ -175,8 +205,20 @@ def judge(evaluations: list[dict], train: list[dict]) -> Verdict:
     elif best is first:
         kind = "worse"
     else:
-        kind = "overfitting" if rise > NOISE * best["decides"] else "plateau"
-    return Verdict(kind, first, best, last, (after or later or [last])[0], rise, fall)
+        kind = "overfitting" if rise > 2 * error and rise > 0 else "plateau"
+    return Verdict(kind, first, best, last, (after or later or [last])[0], rise, error, rows, fall)
+
+
+def read_tables(path: Path, steps: set[int]) -> dict[int, list[Scored]]:
+    """step -> the losses of the validation rows at these steps; none of a run from before they were kept."""
+    tables: dict[int, list[Scored]] = {}
+    for line in read_lines(path):
+        if line["step"] in steps:
+            parts = ((part, *line[part]) for part in ("think", "answer") if part in line)
+            tables.setdefault(line["step"], []).extend(
+                Scored(line["row"], part, float(loss_sum), count, 0) for part, loss_sum, count in parts
+            )
+    return tables
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -190,38 +232,6 @@ def read_lines(path: Path) -> list[dict]:
         is_number = {name: "/" in name and value in ("nan", "inf", "-inf") for name, value in row.items()}
         rows.append({name: float(value) if is_number[name] else value for name, value in row.items()})
     return rows
-
-
-def read_side(run_dir: Path, side: str) -> list[Row]:
-    """The rows of RUN_DIR/data/SIDE.jsonl as the run read them; none without the file."""
-    run, path = read_run(run_dir), run_dir / "data" / f"{side}.jsonl"
-    return read_rows(str(path), run["system_prompt"], read_given(run.get("columns", ()))) if path.exists() else []
-
-
-def read_rows(dataset: str, system_prompt: str, given: Given = ()) -> list[Row]:
-    """Every row of a dataset. Raises UserError naming the first that is unusable."""
-    rows, source = [], find_source(dataset)
-    for path in source.files:
-        for location, columns in read_file(path, path.name, source.part, []):
-            try:
-                rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
-            except ValueError as reason:
-                raise UserError(f"{location} {reason}") from None
-    return rows
-
-
-def run_of(model: str) -> dict:
-    """run.json of the run whose best/ a model is; empty if it is none."""
-    try:
-        return read_run(Path(model).resolve().parent)
-    except UserError:
-        return {}
-
-
-def name_of(model: str) -> str:
-    """To be shown: without the folders above, which are private."""
-    folder, run = Path(model), run_of(model)
-    return f"{run['run_name']}/{folder.resolve().name}" if run else folder.resolve().name if folder.exists() else model
 
 
 REPEATED = re.compile(r"(.{1,40}?)\1{7,}", re.DOTALL)

@@ -1,6 +1,6 @@
-"""Many replies of a model, local or behind an OpenAI-compatible endpoint, and a file of lines that are made from them.
+"""Many replies of a model, local or behind an OpenAI-compatible endpoint, and a file of rows that are made from them.
 
-What was made is in the file after every CHUNK rows. A file that was cut off goes on where it ended.
+What was made is in the file after every CHUNK questions. A file that was cut off goes on where it ended.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from loop.config import TrainConfig
 from loop.record.run_folder import read_run
 from model.generate import Reply, chat_tokenizer, ready_to_generate, reply_to
 from model.loss import SFTModel
-from tools.reports.record import read_rows, read_side
+from tools.shared.runs import read_rows, read_side
 
-CHUNK = 16  # rows at a time
-ASKED = "asked"
+CHUNK = 16  # questions at a time
 RETRIES = 3  # of a request that failed, with pauses
-THINKING = 4096  # tokens more for a served model that thinks without being asked to
-MAX_USELESS = 64  # rows in a row of which nothing can be used: then something is wrong
+THINKING = 4096  # extra tokens for a server whose model thinks although thinking is off
+MAX_USELESS = 64  # questions in a row of which nothing can be used: then something is wrong
+OF = "of"  # column: the question that a row was made from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
-    """The rows that args name, and the settings of their run; of rows without a run these have no `dataset`. Fills in
-    args.model and args.out. name: of the file in a run's folder. Raises UserError."""
+    """The rows that args name, each question once, and the settings of their run; of rows without a run these have no
+    `dataset`. Fills in args.model and args.out. name: of the file in a run's folder. Raises UserError."""
     folder = Path(args.rows)
     is_run = (folder / "run.json").is_file()
     run = read_run(folder) if is_run else {"system_prompt": TrainConfig.system_prompt, "max_length": 2048, "seed": 0}
-    given = read_given(args.columns)
-    rows = read_side(folder, "train") if is_run else read_rows(args.rows, run["system_prompt"], given)
+    rows = (
+        read_side(folder, "train") if is_run else read_rows(args.rows, run["system_prompt"], read_given(args.columns))
+    )
     args.model = args.model or run.get("model")
     args.out = args.out or (folder / name if is_run else None)
     if is_run and args.columns:
@@ -64,7 +65,12 @@ def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
         raise UserError(f"{args.out} exists already; --resume goes on with it, --out names another file")
     if (args.url is None) != (args.url_model is None):
         raise UserError("--url and --url-model come together: where the endpoint is, and what it calls the model")
-    return rows, run
+    return list({question_of(row): row for row in reversed(rows)}.values())[::-1], run
+
+
+def question_of(row: Row) -> str:
+    """What a row asks, all turns of it."""
+    return "\n".join(row.asked)
 
 
 class Local:
@@ -120,25 +126,22 @@ class Endpoint:
         """Without an answer if it is not one that can be read."""
         try:
             found = self.client.chat.completions.create(model=self.model, messages=dialogue, **options)
-        except self.refusals as error:  # of this one request, by a filter of contents, say
-            if not self.warned:
-                warn(f"{self.url} refused a request: {one_line(error)}")
-            self.warned = True
-            return Reply("", "", closed=False, stopped=False)
-        except self.failure as error:
-            raise UserError(
-                f"{self.url} does not answer: {one_line(error)}; what was made is kept, and --resume goes on"
-            ) from None
-        except ValueError:  # no JSON
-            return Reply("", "", closed=False, stopped=False)
-        try:
             choice = found.choices[0]
             think, answer = split_thinking(choice.message.content)
             fields = (getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning"))
             think = think or next(filter(None, fields), "")
             return Reply(think.strip(), answer.strip(), closed=True, stopped=choice.finish_reason == "stop")
-        except (AttributeError, IndexError, TypeError, ValueError):  # another answer than the protocol's
-            return Reply("", "", closed=False, stopped=False)
+        except self.refusals as error:  # of this one request, by a filter of contents, say
+            if not self.warned:
+                warn(f"{self.url} refused a request: {one_line(error)}")
+            self.warned = True
+        except self.failure as error:
+            raise UserError(
+                f"{self.url} does not answer: {one_line(error)}; what was made is kept, and --resume goes on"
+            ) from None
+        except (AttributeError, IndexError, TypeError, ValueError):  # no JSON, or not the protocol's
+            pass
+        return Reply("", "", closed=False, stopped=False)
 
 
 def is_url(url: str) -> bool:
@@ -149,49 +152,41 @@ def is_url(url: str) -> bool:
         return False
 
 
-def make_lines(path: Path, number: int, make: Callable, position: Callable) -> Counter:
-    """Appends to a file what `make` returns for a range of numbers: of each a line or None, and a Counter of what
-    became of it: `used` if it is of use, ASKED if the model was asked at all. position: of the lines that are there,
-    the number to go on with; None if they are of other rows.
+def make_rows(path: Path, questions: list[str], make: Callable[[range], list[tuple[list[dict], str]]]) -> Counter:
+    """Appends to a file the rows that `make` returns for each of a range of questions, with the reason if they are
+    fewer than could be. Returns the reasons of this launch.
 
-    CHUNK rows at a time, the same ones after --resume, so that a local model draws the same. Rows of no use are kept
-    back until the next one that is of use, so that --resume asks for them again if an endpoint had begun to answer
-    nonsense. Raises UserError if MAX_USELESS of them follow each other.
+    CHUNK questions at a time, the same ones after --resume, so that a local model draws the same; it goes on after the
+    last question of which the file has a row. Raises UserError if MAX_USELESS questions in a row give none.
     """
-    lines, whole = lines_of(path)
-    start = position(lines) if lines else 0
-    if start is None:
+    rows, whole = rows_of(path)
+    start = questions.index(rows[-1].get(OF)) + 1 if rows and rows[-1].get(OF) in questions else 0
+    if rows and not start:
         raise UserError(f"{path} was made from other rows; name another file with --out")
-    counts, held = Counter(), []
-    useless = 0  # rows asked in vain since the last one that was of use
+    reasons, useless, number = Counter(), 0, len(questions)
     with path.open("ab") as file, tqdm(total=number, initial=start, unit="row", disable=None) as bar:
         file.truncate(len(whole))
         for first in range(start - start % CHUNK, number, CHUNK):
             numbers = range(first, min(first + CHUNK, number))
-            for line, became in make(numbers)[max(0, start - first) :]:
-                counts += became
-                held.append(line)
-                useless = 0 if became["used"] else useless + became[ASKED]
-                if not useless:
-                    file.writelines(map(to_bytes, filter(None, held)))
-                    file.flush()
-                    held = []
-            if useless >= MAX_USELESS or (useless and numbers[-1] + 1 == number and not counts["used"] and not lines):
+            for n, (made, why) in zip(numbers, make(numbers), strict=True):
+                if n >= start:
+                    reasons.update(why)
+                    useless = 0 if made else useless + 1
+                    lines = ({**row, OF: questions[n]} for row in made)
+                    file.writelines(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                                    for line in lines)  # fmt: skip
+            file.flush()
+            if useless >= MAX_USELESS or (numbers[-1] + 1 == number and useless == number):
                 raise UserError(
-                    f"nothing could be used of the replies to the last {useless} rows (of all in this launch: "
-                    f"{reasons(counts)}); {path} has what was made before, and --resume goes on"
+                    f"nothing could be used of the replies to the last {useless} questions (of all in this launch: "
+                    f"{listed(reasons)}); {path} has what was made before, and --resume goes on"
                 )
-            bar.update(len(numbers))
-        file.writelines(map(to_bytes, filter(None, held)))
-    return counts
+            bar.update(numbers[-1] + 1 - bar.n)
+    return reasons
 
 
-def to_bytes(line: dict) -> bytes:
-    return json.dumps(line, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def lines_of(path: Path) -> tuple[list[dict], bytes]:
-    """The lines that a file holds, and their text, without one that a kill cut off. Raises UserError if it holds
+def rows_of(path: Path) -> tuple[list[dict], bytes]:
+    """The rows that a file holds, and their text, without one that a kill cut off. Raises UserError if it holds
     something else."""
     if not path.exists():
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -199,26 +194,24 @@ def lines_of(path: Path) -> tuple[list[dict], bytes]:
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     try:
-        lines = [json.loads(line) for line in whole.split(b"\n") if line]
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
     except ValueError:
-        lines = [None]
-    if not all(isinstance(line, dict) for line in lines) or (text and not lines):
+        rows = [None]
+    if not all(isinstance(row, dict) and "messages" in row for row in rows) or (text and not rows):
         raise UserError(f"{path} is not what this tool writes; name another file with --out")
-    return lines, whole
+    return rows, whole
 
 
-def say_how_to_train(args: argparse.Namespace, settings: dict, datasets: list[str]) -> None:
-    """The flags that these rows bring; those of the run stay."""
-    flags = ["--dataset", *datasets]
-    data = Path(args.rows) / "data"
+def say_how_to_train(args: argparse.Namespace, settings: dict) -> None:
+    """The flags that take these rows in beside those of the run; the run's own flags stay."""
     if "dataset" in settings:
-        flags += ["--val-dataset", str(data / "val.jsonl")]
+        data = Path(args.rows) / "data"
+        flags = ["--dataset", str(data / "train.jsonl"), str(args.out), "--val-dataset", str(data / "val.jsonl")]
         flags += ["--exclude", str(data / "test.jsonl")] if (data / "test.jsonl").exists() else []
-    if columns := args.columns or settings.get("columns"):
-        flags += ["--columns", *columns]
-    print(f"train on it, with the run's other flags: accelerate launch train.py {shlex.join(flags)} --output-dir OTHER")
+        flags += ["--columns", *settings["columns"]] if settings.get("columns") else []
+        print(f"train on it, with the run's other flags: accelerate launch train.py {shlex.join(flags)} "
+              "--output-dir OTHER")  # fmt: skip
 
 
-def reasons(counts: Counter) -> str:
-    found = ", ".join(f"{what} {count:,}" for what, count in counts.most_common() if what not in ("used", ASKED))
-    return found or "none"
+def listed(reasons: Counter) -> str:
+    return ", ".join(f"{what} {count:,}" for what, count in reasons.most_common()) or "none"

@@ -1,19 +1,14 @@
-"""An exam: its questions, and what a model is asked."""
+"""The questions of an exam, from files in the forms that people keep."""
 
 import random
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
-
 from data.base.errors import UserError
-from data.batches import MicroBatch, collate
-from data.encode import Example, token_ids
-from data.reading.choices import LETTERS, Cells, LeftOut, Question, base_of, read_question, say_left_out
+from data.reading.choices import Cells, LeftOut, Question, base_of, read_question, say_left_out
 from data.reading.read import read_file
 from data.reading.source import find_source
-from data.template import generation_prompt
 
 SPLITS = ("test", "validation", "valid", "val", "eval", "dev", "train")  # of a folder; the first with answers is asked
 Given = Iterable[tuple[str, str]]  # (what it is, column), of --columns
@@ -81,27 +76,3 @@ def ask(rows: list[tuple[dict, str]], given: Given, base: int | None) -> tuple[l
         except LeftOut as reason:
             left_out[str(reason)] += 1
     return found, left_out
-
-
-def exam_prompts(questions: list[Question], tokenizer, system_prompt: str, thinking: bool = False) -> list[str]:
-    """As the chat template renders them; without thinking they end with a closed block."""
-    opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    dialogues = [[*opening, {"role": "user", "content": question.asked}] for question in questions]
-    return [generation_prompt(dialogue, tokenizer, thinking) for dialogue in dialogues]
-
-
-def exam_rows(prompts: list[str], tokenizer) -> list[Example]:
-    """Rows without targets; each location is the number of its prompt."""
-    return [
-        Example(torch.tensor(ids), len(ids), len(ids), str(number))
-        for number, ids in enumerate(token_ids(prompts, tokenizer))
-    ]
-
-
-def collate_exam(rows: list[Example], tokenizer) -> MicroBatch:
-    """The rows laid end to end; the targets of each are all LETTERS as its next token."""
-    inputs = collate(rows).inputs
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    ends = inputs["cu_seqlens"][1:].long() - 1
-    inputs |= {"target_positions": ends.repeat_interleave(len(letters)), "target_ids": letters.repeat(len(rows))}
-    return MicroBatch(inputs, torch.zeros(len(rows) * len(letters), dtype=torch.bool))
