@@ -91,7 +91,7 @@ def encode_columns(rows: list[Row], tokenizer, max_length: int, overlong: str) -
     """The columns of `features`: a line for each Example, then one for each problem."""
     examples, problems = encode_rows(rows, tokenizer, max_length, overlong)
     return {
-        "input_ids": [e.input_ids.numpy() for e in examples] + [[]] * len(problems),
+        "input_ids": [e.input_ids.int().numpy() for e in examples] + [numpy.zeros(0, numpy.int32)] * len(problems),
         "prompt_length": [e.prompt_length for e in examples] + [0] * len(problems),
         "answer_start": [e.answer_start for e in examples] + [0] * len(problems),
         "length": [len(e) for e in examples] + [0] * len(problems),

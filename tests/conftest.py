@@ -26,7 +26,7 @@ from ranks import run
 
 from data.encode import encode_rows
 from data.split import Split, load_split
-from loop.config import PRESETS, TrainConfig
+from loop.config import PRESETS, Resolved
 from model.export import export
 from model.loss import SFTModel
 from model.qwen3 import load_model, tiny_tokenizer
@@ -38,11 +38,10 @@ SYSTEM = "你是一个医学专家。"
 THINK, ANSWER = "先想一想，再回答。", "多喝水🙂，注意休息。"  # what the model of `best` replies
 
 
-def settings(**changes) -> TrainConfig:
+def settings(**changes) -> Resolved:
     """Of a step in a test: peak 1e-3, no warm-up."""
-    return dataclasses.replace(
-        PRESETS["tiny"], **{"learning_rate": 1e-3, "warmup_ratio": 0.0, "memory": "speed"} | changes
-    )
+    own = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "memory": "speed"}
+    return Resolved(**{**dataclasses.asdict(PRESETS["tiny"]), **own, **changes})
 
 
 def load(*datasets, **changes) -> Split:

@@ -54,7 +54,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from data.batches import make_batch  # noqa: E402
 from data.encode import Example  # noqa: E402
-from loop.config import TrainConfig  # noqa: E402
+from loop.config import Resolved  # noqa: E402
 
 aten = torch.ops.aten
 VIEWS = (aten.detach.default, aten._unsafe_view.default, aten.lift_fresh.default)
@@ -154,7 +154,8 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
     from model.loss import SFTModel
 
     torch._dynamo.reset()
-    config = TrainConfig(memory=memory, compile="on" if compile else "off", **settings)
+    optim = loop.start.memory.PROFILES[memory].optim
+    config = Resolved(memory=memory, optim=optim, compile="on" if compile else "off", **settings)
     accelerator, method = make_accelerator(config), load_step_file(config.step_file)
     shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
     with torch.device("meta"):

@@ -144,12 +144,11 @@ def record_rows(folder: str) -> None:
     """Every row that the model is given, as one line: the step (or -1 in an evaluation), its tokens, its targets."""
     import json
 
-    import loop.probes
-
+    import loop.evaluate
     from model.loss import SFTModel
 
     now, path = at_step(), Path(folder) / f"{rank()}.jsonl"
-    before(loop.probes, "evaluate", lambda: now.__setitem__(0, -1))
+    before(loop.evaluate, "score", lambda: now.__setitem__(0, -1))
 
     def forward(self, *args, **batch):
         if batch["target_ids"].numel():
@@ -196,12 +195,11 @@ def in_fp64() -> None:
 
 def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
     """The loss of one rank is NaN in the updates that follow so many steps, or in evaluations (0 is the first)."""
-    import loop.probes
-
+    import loop.evaluate
     from model.loss import SFTModel
 
     now, count = at_step(), [-1]
-    before(loop.probes, "evaluate", lambda: (now.__setitem__(0, -1), count.__setitem__(0, count[0] + 1)))
+    before(loop.evaluate, "score", lambda: (now.__setitem__(0, -1), count.__setitem__(0, count[0] + 1)))
 
     def forward(self, **batch):
         out = original(self, **batch)
@@ -215,8 +213,7 @@ def nan_in(steps=(), evaluations=(), only_rank: int = 0) -> None:
 
 def kill_around_evaluation(step: int, moment: str) -> None:
     """SIGKILL before the evaluation after `step` steps, once its loss is known, once it is exported, once logged."""
-    import loop.probes
-
+    import loop.evaluate
     from loop.run import Run
     from loop.state import TrainState
 
@@ -226,9 +223,9 @@ def kill_around_evaluation(step: int, moment: str) -> None:
         return run[0].state.step == step
 
     if moment == "before":
-        before(loop.probes, "evaluate", kill, here)
+        before(loop.evaluate, "score", kill, here)
     elif moment == "evaluated":
-        after(loop.probes, "evaluate", kill, here)
+        after(loop.evaluate, "score", kill, here)
     elif moment == "exported":
         after(TrainState, "evaluated", kill, here)
     elif moment == "logged":
@@ -420,11 +417,10 @@ def cannot_import(package: str, reason: str = "") -> None:
 
 def signal_in(where: str, call: int, number: str) -> None:
     """A signal, to the last rank alone, when an evaluation, or answers to questions, begin for the call-th time."""
-    import loop.probes
-
+    import loop.evaluate
     import loop.samples
 
-    owner, name = {"evaluate": (loop.probes, "evaluate"), "answer": (loop.samples, "reply_to")}[where]
+    owner, name = {"evaluate": (loop.evaluate, "score"), "answer": (loop.samples, "reply_to")}[where]
     calls = itertools.count()
     if rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         send = getattr(signal, number)

@@ -62,6 +62,7 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
     assert trainer_of(newest(ours)) == trainer_of(newest(theirs))
     assert curve(ours) == curve(theirs)
     assert files_of(ours / "best") == files_of(theirs / "best")
-    assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "eval_rows.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
     ends = [{name: value for name, value in status_of(run).items() if name != "pid"} for run in (ours, theirs)]
     assert ends[0] == ends[1]

@@ -7,13 +7,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ANSWER, SYSTEM, THINK, good_row
+from conftest import ANSWER, THINK, good_row, load
 
 from data.encode import encode_rows
 from data.reading.rows import Row
 from tools import augment, replay
 
-NOT_THE_SAME = augment.Augment.not_the_same
+TURNS = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
 
 
 @pytest.fixture
@@ -24,7 +24,8 @@ def endpoint():
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.seen.append(asked)
-            reply = server.reply(asked["messages"][-1]["content"])
+            text = asked["messages"][-1]["content"]
+            reply = server.judge(text) if "问的是同一件事吗" in text else server.reply(text)
             if isinstance(reply, int):
                 status, body = reply, b"{}"
             elif isinstance(reply, bytes):
@@ -44,6 +45,7 @@ def endpoint():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
+    server.judge = lambda text: "是"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -53,10 +55,14 @@ def endpoint():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Failed requests are given up at once, and no model judges."""
+    """Failed requests are given up at once, and no loss of an answer decides."""
     monkeypatch.setattr("tools.shared.ask.RETRIES", 0)
-    for name in ("unlike", "not_the_same"):
-        monkeypatch.setattr(augment.Augment, name, lambda self, *_: [])
+    monkeypatch.setattr(augment.Augment, "by_answer", lambda self, pairs: [])
+
+
+@pytest.fixture
+def served(endpoint, best):
+    return ["--model", best, "--url", endpoint.url, "--url-model", "m"]
 
 
 def lines(path) -> list[dict]:
@@ -67,75 +73,63 @@ def reworded(asked: str) -> str:
     return f"请问{asked.split(chr(10))[-1]}急吗"
 
 
-def test_each_question_is_rewritten_and_what_means_another_is_dropped(
-    endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
-):
-    monkeypatch.setattr(augment.Augment, "not_the_same", NOT_THE_SAME)
-    rows = [{"question": f"我头疼了{i}天，没有发烧，怎么办？", "answer": "休息。", "备注": i} for i in range(2, 22)]
-    rows[3] |= {"rewrites": ["旧的"]}
-    turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
+def test_each_question_is_rewritten_and_what_means_another_is_dropped(endpoint, tool, quick, jsonl, tmp_path, served):
+    rows = [
+        {"question": f"我头疼了{i}天，没有发烧，怎么办？", "think": "想。", "answer": "休息。"} for i in range(2, 22)
+    ]
     wrong = {
         "2天": "我头疼了9天，没有发烧，咋办？",
         "3天": "我头疼了3天，还有发烧，咋办？",
         "4天": "我头疼了4天 没有发烧 怎么办？",
         "5天": "",
     }
+    endpoint.judge = lambda text: "否。" if "还有发烧" in text else "是"
 
     def reply(asked):
-        if "问的是同一件事吗" in asked:
-            return "否。" if "还有发烧" in asked else "是"
         question = asked.split("\n")[-1]
         return next((text for days, text in wrong.items() if f"了{days}" in question), f"已经头疼{question[4:]}谢谢")
 
     endpoint.reply = reply
-    path, out = jsonl([*rows, {"messages": turns}]), tmp_path / "out.jsonl"
-    code, said = tool(
-        augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out
-    )
-    assert code == 0 and "16 rewrites of 21 questions; dropped in this launch: " in said, said
-    for reason in (
-        "other digits 1",
-        "another question 1",
-        "the same words 1",
-        "no question 1",
-        "a dialogue of several questions 1",
-    ):
+    path, out = jsonl([*rows, rows[0], {"messages": TURNS}]), tmp_path / "out.jsonl"
+    code, said = tool(augment, path, *served, "--rewrites", 1, "--out", out)
+    assert code == 0 and "16 rewrites of 20 questions; dropped in this launch: " in said, said
+    assert "1 dialogues of several questions are left out" in said
+    for reason in ("other digits 1", "another question 1", "the same words 1", "no question 1"):
         assert reason in said
     found = lines(out)
-    assert [{name: value for name, value in row.items() if name != "rewrites"} for row in found] == [
-        *({name: value for name, value in row.items() if name != "rewrites"} for row in rows),
-        {"messages": turns},
-    ]
-    assert [row.get("rewrites") for row in found[:5]] == [None] * 4 + [["已经头疼6天，没有发烧，怎么办？谢谢"]]
+    assert [line["of"] for line in found] == [row["question"] for row in rows[4:]]
+    _, asked, reply = found[0]["messages"]  # a row as any other: the reply stays, the question is another
+    assert asked["content"] == "已经头疼6天，没有发烧，怎么办？谢谢"
+    assert reply == {"role": "assistant", "content": "休息。", "reasoning_content": "想。"}
+    assert load(out).train[0].messages[-1] == reply
     assert endpoint.seen[0]["model"] == "m" and len(endpoint.seen) == 20 + 17
-    code, said = tool(augment, path, "--model", best, "--out", out)
+    code, said = tool(augment, path, *served, "--out", out)
     assert code == f"tools.augment: {out} exists already; --resume goes on with it, --out names another file"
     assert lines(out) == found
 
 
 @pytest.mark.parametrize("failure", [500, b"<html>busy</html>", b'{"choices": []}', {"content": None}, "", "哈哈哈哈"])
 def test_what_was_made_before_the_endpoint_failed_is_kept_and_gone_on_with(
-    failure, endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
+    failure, endpoint, tool, quick, jsonl, tmp_path, served, monkeypatch
 ):
-    """It dies, or answers nonsense: at the end all rows are there once, those asked in vain were asked again."""
+    """It dies, or answers nonsense: at the end all questions are there once, those asked in vain were asked again."""
     monkeypatch.setattr("tools.shared.ask.MAX_USELESS", 16)
     path, out = jsonl([good_row(i) for i in range(50)]), tmp_path / "out.jsonl"
-    args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
+    args = [augment, path, *served, "--rewrites", 1, "--out", out]
     endpoint.reply = lambda asked: reworded(asked) if int(re.findall(r"第(\d+)个", asked)[-1]) <= 20 else failure
     code, said = tool(*args)
     assert code and str(code).startswith("tools.augment: ") and "--resume goes on" in str(code), (code, said)
     made = lines(out)
-    assert len(made) == (16 if failure == 500 else 21) and all("rewrites" in row for row in made)
+    assert len(made) == (16 if failure == 500 else 21)
     with out.open("a") as file:
-        file.write('{"question": "cut o')  # as a kill leaves it
+        file.write('{"messages": "cut o')  # as a kill leaves it
     # Refusals of single requests, as a filter of contents makes them, stop nothing.
-    endpoint.reply, before = (lambda asked: 400 if "第30个" in asked else reworded(asked)), len(endpoint.seen)
+    endpoint.reply = lambda asked: 400 if "第30个" in asked else reworded(asked)
     code, said = tool(*args, "--resume")
     found = lines(out)
-    assert code == 0 and found[: len(made)] == made and len(endpoint.seen) - before == 50 - 16
-    assert [row["question"] for row in found] == [good_row(i)["question"] for i in range(50)]
-    assert ["rewrites" in row for row in found].count(False) == 1 and "refused a request" in said, said
-    other = jsonl([good_row(i + 7) for i in range(50)], "other.jsonl")
+    assert code == 0 and found[: len(made)] == made and "refused a request" in said, said
+    assert [line["of"] for line in found] == [good_row(i)["question"] for i in range(50) if i != 30]
+    other = jsonl([good_row(i + 70) for i in range(50)], "other.jsonl")
     code, _ = tool(augment, other, *args[2:], "--resume")
     assert "was made from other rows" in code and lines(out) == found
 
@@ -153,21 +147,6 @@ def test_an_endpoint_that_is_not_there(tool, quick, jsonl, tmp_path, best):
         assert message in str(code) and "Traceback" not in str(code)
     code, _ = tool(augment, path)
     assert "name the model with --model and a file with --out" in code
-
-
-def test_a_block_of_dialogues_is_no_failure_and_a_whole_file_stays(
-    endpoint, tool, quick, jsonl, tmp_path, best, monkeypatch
-):
-    monkeypatch.setattr("tools.shared.ask.MAX_USELESS", 16)
-    endpoint.reply = reworded
-    turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
-    path, out = jsonl([good_row(i) for i in range(3)] + [{"messages": turns}] * 40), tmp_path / "out.jsonl"
-    args = [augment, path, "--model", best, "--rewrites", 1, "--url", endpoint.url, "--url-model", "m", "--out", out]
-    code, said = tool(*args)
-    assert code == 0 and len(lines(out)) == 43, (code, said)
-    before = out.read_bytes()
-    code, said = tool(*args, "--resume")
-    assert code == 0 and "3 rewrites of 43 questions" in said and out.read_bytes() == before and len(endpoint.seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -192,39 +171,53 @@ def test_an_address_that_is_none(url, tool, jsonl, tmp_path, best):
     assert code == f"tools.replay: --url {url!r} is no http address"
 
 
-def test_a_rewrite_after_which_the_answer_costs_too_much_is_dropped(jsonl, tmp_path, best, monkeypatch):
-    """More than half of the way from the own question's loss to another's; equal ones say nothing."""
-    rows = [
-        Row(str(i), good_row(i), [{"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": "答"}])
-        for i in range(4)
-    ]
-    losses = {"问": [1.0, 1.0, 2.0], "改": [1.49, 1.51, 9.0]}
-    monkeypatch.setattr(augment, "losses_of", lambda model, found, _: Fake(found))
+def test_the_judges_of_a_local_model_are_its_own_likelihoods(jsonl, tmp_path, best):
+    """Against transformers, one text at a time: of yes and no after the request, and of the answer after questions."""
+    rows = [Row(str(i), {}, [{"role": "user", "content": f"第{i}个问题？"},
+                             {"role": "assistant", "content": ANSWER}]) for i in range(20, 28)]  # fmt: skip
+    args = type("args", (), {"model": str(best), "rewrites": 1, "url": None})
+    judge = augment.Augment(rows, 512, args)
+    model, tokenizer = judge.model.causal_lm.eval(), judge.tokenizer
+    pairs = [(n, f"请问第{20 + n}个问题") for n in range(4)] + [(n, "头晕吗") for n in range(4)]
 
-    class Fake:
-        def __init__(self, kind):
-            self.answer = kind
+    def loss(prompt: str, text: str) -> float:
+        begin, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, prompt + text))
+        logits = model_logits(model, ids).log_softmax(-1)
+        return -sum(logits[i - 1, ids[i]].item() for i in range(len(begin), len(ids))) / (len(ids) - len(begin))
 
-    class Contexts:
-        def __init__(self, *_):
-            pass
+    def asked(question: str) -> str:
+        turn = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
-        def encode(self, questions, thinking):
-            assert not thinking
-            if questions[0].startswith("改"):
-                return losses["改"]
-            return losses["问"] if questions[0] == "问0" else [2.0, 2.0, 2.0]
+    first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("是", "否")]
+    different = []
+    for n, text in pairs:
+        prompt = asked(augment.SAME["zh"].format(judge.questions[n], text))
+        yes, no = model_logits(model, tokenizer(prompt, add_special_tokens=False)["input_ids"])[-1][first].tolist()
+        different += [(n, text)] if no > yes else []
+    assert judge.by_likelihood(pairs) == different
+    lost = []
+    for n, text in pairs:
+        questions = judge.questions[n], judge.questions[(n + 4) % 8], text
+        own, other, rewritten = (loss(asked(question), f"{ANSWER}<|im_end|>") for question in questions)
+        lost += [(n, text)] if other > own and rewritten - own > 0.5 * (other - own) else []
+    assert judge.by_answer(pairs) == lost
 
-    monkeypatch.setattr(augment, "Contexts", Contexts)
-    judge = object.__new__(augment.Augment)
-    judge.rows, judge.tokenizer, judge.max_length, judge.judge, judge.accelerator = rows, None, 512, None, None
-    assert judge.unlike([0, 1, 2], {0: ["改0"], 1: ["改1"], 2: ["改2"]}) == [(1, "改1")]
+
+def model_logits(model, ids: list[int]):
+    import torch
+
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].float()
+    model.set_attn_implementation("packed")
+    return logits
 
 
 def test_replay_keeps_the_models_own_replies_and_they_are_trained_as_any_row(
     endpoint, tool, quick, tmp_path, best, jsonl
 ):
-    """Of a run's questions, each once, a tenth; a reply without an end or an answer is dropped and asked again."""
+    """Of a run's questions, each once, a tenth; a reply without an end or an answer is dropped."""
     run = best.parent
 
     def reply(asked):
@@ -235,18 +228,15 @@ def test_replay_keeps_the_models_own_replies_and_they_are_trained_as_any_row(
     args = [replay, run, "--url", endpoint.url, "--url-model", "m", "--out", out, "--num-rows", 9]
     code, said = tool(*args)
     found = lines(out)
-    asked = {asked["messages"][-1]["content"]: asked["messages"] for asked in endpoint.seen}
-    answered = [question for question in asked if int(re.search(r"\d+", question).group()) % 3]
-    dropped = len(endpoint.seen) - len(found)
+    dropped = 9 - len(found)
     assert (
         code == 0
         and f"{len(found)} replies to 9 questions; dropped in this launch: without an answer {dropped}" in said
-    ), said
+    )
     assert 0 < dropped < 9 == len(endpoint.seen) and f"--val-dataset {run}/data/val.jsonl" in said
     for line in found:
         *before, said = line["messages"]
         question = before[-1]["content"]
-        assert question in answered
         assert [{"role": m["role"], "content": m["content"]} for m in before] in [s["messages"] for s in endpoint.seen]
         assert said == {"role": "assistant", "content": f"答：{question}", "reasoning_content": f"想：{question}"}
         assert all(m.get("loss") is False for m in before if m["role"] == "assistant")
@@ -265,10 +255,6 @@ def test_a_local_model_answers_for_itself(tool, tmp_path, best, tokenizer):
     for line in lines(out):
         assert line["messages"][-1] == {"role": "assistant", "content": ANSWER, "reasoning_content": THINK}
     code, _ = tool(augment, best.parent, "--model", best, "--out", tmp_path / "none.jsonl", "--rewrites", 1)
-    assert (
-        "nothing could be used of the replies to the last" in code
-        and "rewrites" not in (tmp_path / "none.jsonl").read_text()
-    )
-    assert augment.problem("第1个问题？", ANSWER) is not None
+    assert "nothing could be used of the replies to the last" in code and not (tmp_path / "none.jsonl").read_text()
     rows = [Row("", {}, lines(out)[0]["messages"])]
-    assert encode_rows(rows, tokenizer, 512, "error")[0][0].num_think_targets > 2 and SYSTEM
+    assert encode_rows(rows, tokenizer, 512, "error")[0][0].num_think_targets > 2

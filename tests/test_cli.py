@@ -202,7 +202,9 @@ def test_a_device_without_fp64(mixed_precision, tmp_path):
     args += ["--mixed-precision", mixed_precision, "--output-dir", tmp_path / "out"]
     outcome = run(args, "one", "refuse_fp64()", tmp_path / "log")
     assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
-    fault = "(refuse_fp64(), before(__import__('loop.fit').fit, 'evaluate', __import__('torch').zeros(1).double))"
+    fault = (
+        "(refuse_fp64(), before(__import__('loop.evaluate').evaluate, 'score', __import__('torch').zeros(1).double))"
+    )
     assert run([*args[:-1], tmp_path / "other"], "one", fault, tmp_path / "log").codes == [1]  # it does refuse
 
 

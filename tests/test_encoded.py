@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import good_row, load
+from datasets import load_from_disk
 
 import data.encoded
 from data.batches import rank_batches
@@ -38,15 +39,16 @@ def test_many_rows_are_encoded_as_a_few_are(many, split, tokenizer, monkeypatch)
         for name, tensor in theirs.inputs.items():
             assert ours.inputs[name] == tensor if name == "max_seqlen" else torch.equal(ours.inputs[name], tensor)
 
-    content = (folder / "ids.bin").read_bytes()
-    (folder / "ids.bin").write_bytes(content[:-4])  # cut off: not taken, made again
+    (file,) = folder.glob("*.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])  # cut off: not taken, made again
     assert digest(encode_all(split.train, tokenizer, 95, "truncate")[0]) == digest(expected)
-    assert (folder / "ids.bin").read_bytes() == content
-    written = (folder / "ids.bin").stat().st_mtime_ns
-    monkeypatch.setattr(data.encoded, "encode_in_parallel", None)  # not called again
+    assert list(many.iterdir()) == [folder]
+    written = file.stat().st_mtime_ns
+    monkeypatch.setattr(data.encoded, "encode_texts", None)  # not called again
     again, problems = encode_all(split.train, tokenizer, 95, "truncate")
-    assert digest(again) == digest(expected) and problems == found
-    assert (folder / "ids.bin").stat().st_mtime_ns == written
+    assert digest(again) == digest(expected) and problems == found and file.stat().st_mtime_ns == written
+    assert len(load_from_disk(str(folder))) == len(expected) + len(problems)  # others can open it
     with pytest.raises(TypeError):  # another length, another tokenizer, other rows: encoded anew
         encode_all(split.train, tokenizer, 94, "truncate")
     with pytest.raises(TypeError):

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import REAL, ROOT
-from loop.probes import is_right, letter_likelihoods
 from transformers import AutoModelForCausalLM
 
-from data.batches import rank_rows
+from data.contexts import exam_prompts, exam_rows
 from data.reading.choices import LETTERS, LeftOut, read_question
-from data.reading.exam import exam_prompts, exam_rows, read_exam
+from data.reading.exam import read_exam
+from loop.evaluate import is_right
+from loop.score import score
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 from tools.exam import Score, mcnemar, scores_of, take
@@ -100,17 +101,17 @@ def test_likelihoods_are_those_of_transformers(small_folder, accelerator, tmp_pa
     prompts = exam_prompts(questions, own, "")
     assert all(prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts)
     rows = exam_rows(prompts, own)
-    found = letter_likelihoods(model, rank_rows(rows, batch_size=1, micro_batch_tokens=512), own, accelerator)
+    found = torch.tensor([-line.loss_sum for line in score(model, rows, accelerator)]).view(-1, len(LETTERS))
     ids = own.convert_tokens_to_ids(list(LETTERS))
     expected = []
     for prompt in prompts:
         logits = plain(torch.tensor([own(prompt, add_special_tokens=False)["input_ids"]])).logits[0, -1]
         expected.append(logits.log_softmax(-1)[ids].tolist())
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    right = take(str(small_folder), questions, "", think=False, max_new_tokens=4, accelerator=accelerator)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    right = take(str(small_folder), questions, "", {})
     best = [max(range(4), key=values.__getitem__) for values in expected]
     assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
-    assert len(take(str(small_folder), questions, "", think=True, max_new_tokens=4, accelerator=accelerator)) == 2
+    assert len(take(str(small_folder), questions, "", {}, max_new_tokens=4)) == 2
 
 
 @pytest.mark.slow
@@ -126,9 +127,8 @@ def test_lm_eval_finds_the_same_likelihoods_and_answers(small_folder, accelerato
     tokenizer = load_tokenizer(str(small_folder))
     prompts = exam_prompts(questions, tokenizer, "你是一个医学专家。")
     model = SFTModel(load_model(str(small_folder), tokenizer, gradient_checkpointing=False), 1024)
-    groups = rank_rows(exam_rows(prompts, tokenizer), batch_size=1, micro_batch_tokens=512)
-    ours = letter_likelihoods(model, groups, tokenizer, accelerator)
-    ours = torch.tensor(ours, dtype=torch.float64)[:, :4]
+    table = score(model, exam_rows(prompts, tokenizer), accelerator)
+    ours = torch.tensor([-line.loss_sum for line in table], dtype=torch.float64).view(-1, len(LETTERS))[:, :4]
 
     harness = huggingface.HFLM(pretrained=str(small_folder), dtype="float32", device="cpu", batch_size=4)
 
@@ -143,7 +143,9 @@ def test_lm_eval_finds_the_same_likelihoods_and_answers(small_folder, accelerato
     blanks = theirs([(stem, prompt.removeprefix(stem)) for stem, prompt in zip(stems, prompts, strict=True)])
     assert ours.std(0).min() > 1e-3  # questions differ by far more than the tolerance
     torch.testing.assert_close(ours, letters - blanks[:, None], rtol=0, atol=2e-5)
-    assert is_right(questions, ours.tolist()) == is_right(questions, letters.tolist())
+    best = letters.argmax(-1).tolist()
+    right = [guess == question.correct for guess, question in zip(best, questions, strict=True)]
+    assert is_right(questions, table) == right
 
 
 def test_figures_are_those_of_their_formulas(tmp_path):

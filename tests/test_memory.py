@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import loop.start.resolve
 from data.base.errors import UserError
-from loop.config import TrainConfig
+from loop.config import Resolved
 from loop.start.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
 from loop.start.trial import try_step
 from loop.step import make_optimizers
@@ -32,7 +32,7 @@ def qwen3():
 
 
 def plans(qwen3, lengths=(2048, 1100, 800, 700), shards=1, **settings):
-    return plan_all(TrainConfig(**settings), qwen3, list(lengths), CARD, shards)
+    return plan_all(Resolved(**settings), qwen3, list(lengths), CARD, shards)
 
 
 def test_each_profile_fits_its_card_at_2048_tokens(qwen3):
@@ -72,7 +72,7 @@ def test_settings_take_the_place_of_the_profiles(qwen3):
 def test_auto_compiles_where_it_can_and_pays(monkeypatch):
     def compiled(tokens=3_000_000, device=CARD, compilers=("cc", "g++"), vocabulary=151936, **changes):
         monkeypatch.setattr(loop.start.resolve, "which", lambda name: name if name in compilers else None)
-        return loop.start.resolve.what_to_compile(TrainConfig(**changes), device, tokens, vocabulary)
+        return loop.start.resolve.what_to_compile(Resolved(**changes), device, tokens, vocabulary)
 
     monkeypatch.setattr(loop.start.resolve, "compiles", lambda: True)
     assert compiled() == "on" and compiled(device=CPU) == "loss"
@@ -133,8 +133,8 @@ def test_8_bit_moments_take_the_bytes_that_are_predicted():
         sum(part.nbytes for part in (state.codes, state.scale)) if hasattr(state, "codes") else state.nbytes
         for state in states
     )
-    trial = try_step(model, TrainConfig(memory="24g"), torch.float32)
-    predicted = predict(PROFILES["24g"], TrainConfig(), model, 100, False, CPU, trial)["optimizer states"]
+    trial = try_step(model, Resolved(memory="24g"), torch.float32)
+    predicted = predict(PROFILES["24g"], Resolved(), model, 100, False, CPU, trial)["optimizer states"]
     assert size == pytest.approx(predicted, rel=0.02)
 
 

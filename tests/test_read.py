@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from conftest import good_row, load
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,17 +33,6 @@ def table(rows):
     return pyarrow.Table.from_pylist(rows)
 
 
-def save_to_disk(rows, folder):
-    """As datasets 5.2 writes it."""
-    import pyarrow
-
-    folder.mkdir(parents=True)
-    with pyarrow.ipc.new_stream(folder / "data-00000-of-00001.arrow", table(rows).schema) as writer:
-        writer.write_table(table(rows))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    (folder / "dataset_info.json").write_text("{}")
-
-
 def write_parquet(path):
     import pyarrow.parquet
 
@@ -52,11 +42,14 @@ def write_parquet(path):
 
 
 def write_excel(path):
-    import pandas
+    import openpyxl
 
-    with pandas.ExcelWriter(path) as book:
-        pandas.DataFrame(ROWS).to_excel(book, sheet_name="问答", index=False)
-        pandas.DataFrame([{"a": 1}]).to_excel(book, sheet_name="备注", index=False)
+    book = openpyxl.Workbook()
+    book.active.title = "问答"
+    for row in ([*ROWS[0]], *([*row.values()] for row in ROWS)):
+        book.active.append(row)
+    book.create_sheet("备注").append(["a"])
+    book.save(path)
 
 
 # name of the file -> (how to write it, what is said)
@@ -142,11 +135,10 @@ def test_a_folder_is_its_files(name, expected, tmp_path):
 
 
 def test_what_save_to_disk_wrote(expected, tmp_path):
-    save_to_disk(ROWS, tmp_path / "one")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert [row.messages for row in load(tmp_path / "one").train] == expected
-    for split in ("train", "test"):
-        save_to_disk(ROWS if split == "train" else ROWS[:4], tmp_path / "dict" / split)
-    (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    both = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:4])}
+    DatasetDict(both).save_to_disk(tmp_path / "dict")
     split = load(tmp_path / "dict")
     assert [row.messages for row in split.train] == expected
     assert split.report["datasets"][0]["notes"] == [
@@ -155,8 +147,9 @@ def test_what_save_to_disk_wrote(expected, tmp_path):
     assert len(load(f"{tmp_path / 'dict'}:test", val_fraction=0.5).train) == 2
     with pytest.raises(UserError, match="holds the splits train, test"):
         load(f"{tmp_path / 'dict'}:dev")
-    (tmp_path / "dict/dataset_dict.json").write_text("{}")
-    with pytest.raises(UserError, match="has no 'splits'"):
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "dict" / split)
+    with pytest.raises(UserError, match="of none of its folders"):
         load(tmp_path / "dict")
 
 

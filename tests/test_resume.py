@@ -38,8 +38,7 @@ def with_dropout(small_folder, tmp_path_factory):
 def command(with_dropout, tmp_path_factory):
     """strategy -> the arguments without --output-dir"""
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    reworded = [good_row(i) | ({"rewrites": [f"请问第{i}个？", f"第{i}个呢？"]} if i % 2 else {}) for i in range(16)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in reworded), encoding="utf-8")
+    rows.write_text("".join(json.dumps(good_row(i)) + "\n" for i in range(16)), encoding="utf-8")
     args = [*ARGS, "--dataset", rows, "--model", with_dropout]
     return {name: [*args, "--gradient-accumulation-steps", 4 if name == "one" else 2] for name in STRATEGIES}
 

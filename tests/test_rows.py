@@ -9,7 +9,6 @@ import sys
 import pytest
 from conftest import ROOT, good_row
 from ranks import run
-from runs import metrics_of
 
 from data.reading.source import SAMPLE
 from tools.rows import beyond, standard
@@ -44,13 +43,18 @@ def test_the_figures_are_those_of_the_run(studied, monkeypatch, capsys):
     assert "stand out by 3.5" in said and "hardest after training" in said and "train without the first 4" in said
     suspects = (studied / "suspects.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row) for row in suspects] == [line["columns"] for line in lines[:4]]
-    evaluations = [row for row in metrics_of(studied) if "eval/loss" in row]
-    tokens = json.loads((studied / "data/data_report.json").read_text())["val"]
-    thinking = [line for line in lines if line["side"] == "val" and line["before"]["think"] is not None]
-    # Rows of good_row alone have as many tokens of thinking each as their digits; the mean is near, not equal.
-    for when, row, tolerance in (("before", evaluations[0], 0.01), ("after", evaluations[-1], 0.05)):
-        mean = sum(line[when]["think"] for line in thinking) / len(thinking)
-        assert mean == pytest.approx(row["eval/think_loss"], rel=tolerance), (when, tokens)
+    # Row by row, to the bit if the weights are: before training they are, best/ is rounded to bf16.
+    steps = {}
+    for line in map(json.loads, (studied / "eval_rows.jsonl").open(encoding="utf-8")):
+        steps.setdefault(line["step"], {})[line["row"]] = line
+    places = {row: f"val.jsonl:{n}" for n, row in enumerate(steps[0], start=1)}
+    found = {line["location"]: line for line in lines}
+    for when, step, tolerance in (("before", 0, 0), ("after", 8, 0.02)):
+        for row, line in steps[step].items():
+            for part in ("think", "answer"):
+                ours, theirs = found[places[row]][when][part], line.get(part)
+                assert (ours is None) == (theirs is None)
+                assert ours is None or ours == pytest.approx(theirs[0] / theirs[1], rel=tolerance, abs=0), (row, part)
 
 
 def test_a_run_without_the_suspects(studied, tmp_path):

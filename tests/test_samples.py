@@ -12,15 +12,16 @@ from runs import metrics_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from data.batches import collate, make_batch
+from data.batches import make_batch
 from data.dataset import Data
 from data.encode import encode_rows
 from data.reading.formats import read_row
 from data.reading.rows import Row
 from loop.config import TrainConfig
-from loop.evaluate import evaluate, parts_of
+from loop.evaluate import losses
 from loop.record.tracking import Tracker, keep_rows
 from loop.samples import Samples, prompts
+from loop.score import score
 from loop.state import TrainState
 from loop.step import train_step
 from model.export import export
@@ -46,10 +47,10 @@ def test_accuracy_is_the_share_of_likeliest_tokens(examples, make_model, acceler
         hits["answer"] += right[example.answer_start - 1 :].tolist()
         ends["close"].append(right[example.answer_start - 2].item())
         ends["stop"].append(right[-1].item())
-    metrics = evaluate(model, [collate(examples[:5]), collate(examples[5:8])], accelerator)
-    assert metrics.close_accuracy == sum(ends["close"]) / 8 and metrics.stop_accuracy == sum(ends["stop"]) / 8
-    assert metrics.think_accuracy == pytest.approx(sum(hits["think"]) / len(hits["think"]), abs=1e-12)
-    assert metrics.answer_accuracy == pytest.approx(sum(hits["answer"]) / len(hits["answer"]), abs=1e-12)
+    metrics = losses(score(model, examples[:8], accelerator, batch_size=5))
+    assert metrics["close_accuracy"] == sum(ends["close"]) / 8 and metrics["stop_accuracy"] == sum(ends["stop"]) / 8
+    assert metrics["think_accuracy"] == pytest.approx(sum(hits["think"]) / len(hits["think"]), abs=1e-12)
+    assert metrics["answer_accuracy"] == pytest.approx(sum(hits["answer"]) / len(hits["answer"]), abs=1e-12)
 
 
 def test_accuracy_of_a_model_that_knows_the_row(examples, make_model, accelerator):
@@ -58,9 +59,9 @@ def test_accuracy_of_a_model_that_knows_the_row(examples, make_model, accelerato
     batch = make_batch(examples[:1], batch_size=1)
     for _ in range(60):
         train_step(model, optimizers, batch, accelerator, 1.0, settings())
-    metrics = evaluate(model, batch.micro_batches, accelerator)
-    assert metrics.think_accuracy > 0.95 and metrics.answer_accuracy > 0.95
-    assert metrics.close_accuracy == metrics.stop_accuracy == 1.0
+    metrics = losses(score(model, examples[:1], accelerator))
+    assert metrics["think_accuracy"] > 0.95 and metrics["answer_accuracy"] > 0.95
+    assert metrics["close_accuracy"] == metrics["stop_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0), (0.3, 2.0)])
@@ -118,14 +119,14 @@ def test_the_form_of_rows_with_and_without_thinking(tokenizer, make_model, accel
     ]
     first, plain, last = encode_rows(rows, tokenizer, 512, "error")[0]
     close = tokenizer.convert_tokens_to_ids("</think>")
-    for packed in ([first, plain, last], [plain, first, last], [first, last, plain]):
-        micro_batch = collate(packed)
-        _, _, closes, stops = parts_of(micro_batch)
-        ids = micro_batch.inputs["target_ids"]
-        assert (ids[closes] == close).all() and closes.sum() == 2
-        assert (ids[stops] == tokenizer.eos_token_id).all() and stops.sum() == 3
-    metrics = evaluate(make_model(), [collate([plain])], accelerator)
-    assert math.isnan(metrics.close_accuracy) and metrics.stop_accuracy in (0.0, 1.0)
+    for row in (first, plain, last):
+        ids = row.input_ids[row.prompt_length :]
+        spans = {part: ids[begin:end].tolist() for part, begin, end in row.parts}
+        assert spans["stop"] == [tokenizer.eos_token_id] and spans.get("close", [close]) == [close]
+        assert ("close" in spans) == ("think" in spans) == (row is not plain)
+        assert spans.get("think", []) + spans["answer"] == ids.tolist()
+    metrics = losses(score(make_model(), [plain], accelerator))
+    assert math.isnan(metrics["close_accuracy"]) and metrics["stop_accuracy"] in (0.0, 1.0)
 
 
 def test_answers_in_bf16_are_those_of_the_exported_model(split, tokenizer, make_model, tmp_path):
@@ -173,7 +174,7 @@ def test_a_full_disk_ends_no_training(split, examples, tokenizer, tmp_path, caps
     config = TrainConfig(output_dir=str(tmp_path), swanlab_mode="disabled")
     state = TrainState("id")
     tracker = Tracker(config, state, {})
-    samples = Samples(config, Data(split, tokenizer, examples, examples, None, 0, 1), tracker, state)
+    samples = Samples(config, Data(split, tokenizer, examples, examples, 0, 1), tracker, state)
     samples.path = tmp_path / "no folder" / "samples.jsonl"
     samples.write([{"step": 1, "model": "training", "question": "?", "think": "", "answer": ""}])
     assert "warning" in capsys.readouterr().err

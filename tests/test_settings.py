@@ -35,6 +35,7 @@ CHANGES = {
     "gradient_checkpointing": ("", "--gradient-checkpointing on"),
     "compile": ("--max-steps 1", "--compile loss"),
     "step_file": ("", "--step-file recipes/layerwise_lr.py"),
+    "step_set": ("--step-file recipes/layerwise_lr.py", "--step-set DECAY=0.5"),
     "per_device_train_batch_size": ("", "--per-device-train-batch-size 3"),
     "gradient_accumulation_steps": ("", "--gradient-accumulation-steps 2"),
     "micro_batch_tokens": ("", "--micro-batch-tokens 60"),

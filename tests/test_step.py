@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from data.batches import collate, make_batch, rank_batches, step_batch
 from data.encode import encode_rows
 from loop.distributed import prepare
-from loop.evaluate import evaluate
+from loop.evaluate import losses
+from loop.score import score
 from loop.step import lr_multiplier, make_optimizers, train_step
 
 
@@ -210,12 +211,12 @@ def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
 def test_evaluation_does_not_depend_on_its_batch_size(make_model, split, tokenizer):
     examples, _ = encode_rows(split.val, tokenizer, 512, "error")
     model, rows = make_model(dtype=torch.float64).train(), sorted(examples, key=len)[:7]
-    results = [evaluate(model, rank_batches(rows, batch_size=size), Accelerator()) for size in (1, 3, 7)]
+    results = [losses(score(model, rows, Accelerator(), batch_size=size)) for size in (1, 3, 7, -1)]
     for result in results[1:]:
         assert result == pytest.approx(results[0], rel=1e-12)
     _, loss = plain_gradients(make_model(dtype=torch.float64), rows)
-    assert results[0].loss == pytest.approx(loss, rel=1e-12)
-    assert results[0].perplexity == pytest.approx(math.exp(loss))
+    assert results[0]["loss"] == pytest.approx(loss, rel=1e-12)
+    assert results[0]["perplexity"] == pytest.approx(math.exp(loss))
     assert model.training
 
 
@@ -243,7 +244,7 @@ def test_no_fp64_on_the_device(make_model, short, mixed_precision):
     batch = make_batch(short[:4], batch_size=2)
     with Watch():
         train_step(model, optimizers, batch, accelerator, 1.0, settings())
-        evaluate(model, batch.micro_batches, accelerator)
+        score(model, short[:4], accelerator)
         assert not found, found
         torch.ones(1, dtype=torch.float64)
     assert found

@@ -122,9 +122,10 @@ def in_order(splits: dict[str, list[Path]], part: str, order: tuple[str, ...], n
 def splits_of_folder(folder: Path, part: str, name: str) -> dict[str, list[Path]]:
     """Of a folder of data files, of a copy of a hub's set with its README, or of what datasets' save_to_disk wrote."""
     if (folder / "dataset_dict.json").is_file():  # of several splits
-        splits = {path.parent.name: [path.parent] for path in sorted(folder.glob("*/state.json"))}
-        if part not in ("", *splits):
-            raise UserError(f"{name}: it holds the splits {', '.join(splits)}")
+        splits = {path.parent.name: [path.parent] for path in folder.glob("*/state.json")}
+        splits = dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
+        if part not in ("", *splits) or not splits:
+            raise UserError(f"{name}: it holds the splits {', '.join(splits) or 'of none of its folders'}")
         return {part: splits[part]} if part else splits
     if (folder / "state.json").is_file():
         return {"": [folder]}
