@@ -48,7 +48,7 @@ class Encoded(Sequence):
 
 def example_of(row: dict) -> Example:
     ids = torch.from_numpy(row["input_ids"])
-    return Example(ids, int(row["prompt_length"]), int(row["answer_start"]), str(row["location"]))
+    return Example(ids, int(row["prompt_length"]), int(row["answer_start"]), json.loads(str(row["location"])))
 
 
 def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[Encoded, list[Example]]:
@@ -95,7 +95,8 @@ def encode_columns(rows: list[Row], tokenizer, max_length: int, overlong: str) -
         "prompt_length": [e.prompt_length for e in examples] + [0] * len(problems),
         "answer_start": [e.answer_start for e in examples] + [0] * len(problems),
         "length": [len(e) for e in examples] + [0] * len(problems),
-        "location": [e.location for e in examples] + [problem["location"] for problem in problems],
+        # As JSON, because the name of a file need not be UTF-8, and Arrow's strings are.
+        "location": [json.dumps(e.location) for e in examples] + [""] * len(problems),
         "problem": [""] * len(examples) + [json.dumps(problem) for problem in problems],
     }
 
@@ -117,7 +118,7 @@ def kept_in_cache(rows: list[Row], tokenizer, max_length: int, overlong: str):
     try:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir(parents=True)
-        texts = {"location": [r.location for r in rows], "messages": [json.dumps(r.messages) for r in rows]}
+        texts = {"location": [json.dumps(r.location) for r in rows], "messages": [json.dumps(r.messages) for r in rows]}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         made = Dataset.from_dict(texts).map(
             encode_texts,
@@ -148,7 +149,8 @@ def encode_texts(batch: dict[str, list], tokenizer, max_length: int, overlong: s
     """In a worker: one of many processes, each with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pairs = zip(batch["location"], batch["messages"], strict=True)
-    return encode_columns([Row(place, {}, json.loads(text)) for place, text in pairs], tokenizer, max_length, overlong)
+    rows = [Row(json.loads(place), {}, json.loads(text)) for place, text in pairs]
+    return encode_columns(rows, tokenizer, max_length, overlong)
 
 
 def cache_folder(rows: list[Row], tokenizer, max_length: int, overlong: str) -> Path:

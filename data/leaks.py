@@ -21,8 +21,8 @@ SEED = 12  # characters by which a longer text is searched for an exam's questio
 
 
 def question_key(text: str) -> str:
-    """A question without what a copy changes: width, case, whitespace, punctuation, characters without width. Signs
-    that make another question of it stay."""
+    """Normalises a question so that copies compare equal: width, case, whitespace, punctuation, characters without
+    width. Signs that make another question of it stay."""
     text = text.translate(NARROW).casefold()
     kept = {match.start(group) for match in IN_NUMBERS.finditer(text) for group in (1, 2, 3)}
 

@@ -8,8 +8,8 @@ ROLES = ("question", "think", "answer", "dialogue", "system", "history", "contex
 
 
 def may_change(default):
-    """A setting that another launch may change on --resume: it names, watches, or packs the same rows in another way.
-    The data is known by its tokens, the batch by its rows. Every other setting is part of what the run is."""
+    """A setting that may change on --resume, because it does not affect the result. (Data is compared by a hash of its
+    tokens, the batch size by rows per step.)"""
     return dataclasses.field(default=default, metadata={"may_change": True})
 
 

@@ -21,7 +21,7 @@ from data.reading.choices import LETTERS, Question
 from loop.config import TrainConfig
 from loop.distributed import gather
 from loop.score import Scored, accuracy_of, loss_of, mean, perplexity, score, total
-from loop.start.step_file import run_own
+from loop.start.step_file import name_of, run_own
 
 WEIGHTED = "eval/weighted_loss"  # decides which model is the best, unless the step file names another figure
 
@@ -56,9 +56,12 @@ class Evaluation:
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
         check_measures(self.own, config, method)
         self.measures += self.own
+        decides = getattr(method, "METRIC_FOR_BEST_MODEL", WEIGHTED)
+        if any(decides.startswith(one.name) for one in self.measures if one.higher_is_better):
+            raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r}: higher is better there, and the lowest would be kept")
         wanted = [(len(row), row.prompt_length) for measure in self.measures for row in measure.rows]
         if any(other != wanted for other in gather(wanted) if self.own):
-            raise UserError(f"evaluators in {method.__file__} wants other rows on one process than on another")
+            raise UserError(f"evaluators in {name_of(method)} wants other rows on one process than on another")
 
     def __call__(self, model, step: int, check: Callable[[], None]) -> tuple[dict[str, float], list[Scored]]:
         """(figures by name, the table of the validation rows). check: see `score`."""
@@ -87,12 +90,15 @@ class Evaluation:
 
 
 def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) -> None:
-    where = f"evaluators in {method.__file__}"
+    where = f"evaluators in {name_of(method)}"
+    taken = {"eval/best_loss", *(f"eval/{name}" for name in losses([]))}
+    others = ("train", "perf", "memory", "format", "best_format", "think_probe", "exam")
     if not isinstance(own, list) or not all(isinstance(measure, Measure) for measure in own):
         raise UserError(f"{where} returns a list of loop.evaluate.Measure")
     for measure in own:
-        if "/" not in measure.name.strip("/") or measure.name.split("/")[0] in ("train", "perf", "memory"):
-            raise UserError(f"{where}: {measure.name!r} is no name of a figure; eval/long_answers is one")
+        if "/" not in measure.name.strip("/") or measure.name.split("/")[0] in others or measure.name in taken:
+            raise UserError(f"{where}: {measure.name!r} cannot be the name of a figure; eval/long_answers can")
+        taken.add(measure.name)
         if measure.every % config.eval_steps:
             raise UserError(f"{where}: `every` of {measure.name} is no multiple of eval_steps {config.eval_steps}")
 

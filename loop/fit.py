@@ -34,9 +34,9 @@ def fit(config: TrainConfig) -> bool:
     accelerator = make_accelerator(config)
     device = accelerator.device
     data = read_data(config, accelerator)
-    outline = make_outline(config, data.tokenizer)
-    config, plan = resolve(config, data, outline, accelerator)
-    about = about_model(outline) | {"optimizers": plan.optimizers}
+    meta_lm = make_meta_lm(config, data.tokenizer)
+    config, plan = resolve(config, data, meta_lm, accelerator)
+    about = about_model(meta_lm) | {"optimizers": plan.optimizers}
     evaluation = Evaluation(data, config, accelerator, method)
     if config.dry_run:
         return False
@@ -64,7 +64,7 @@ def fit(config: TrainConfig) -> bool:
                     reshard(model)
 
                 # --- checkpoint, stop ---
-                stop = run.is_trained or interrupt.requested()
+                stop = run.is_over or interrupt.requested()
                 is_new = state.step > 0 and (state.step, state.last_eval) != start
                 if is_new and (stop or state.step % config.save_steps == 0):
                     check_ranks_agree(model, root)
@@ -96,17 +96,17 @@ def read_data(config: TrainConfig, accelerator: Accelerator) -> Data:
         )
 
 
-def make_outline(config: TrainConfig, tokenizer):
+def make_meta_lm(config: TrainConfig, tokenizer):
     """The model without its weights, on the meta device."""
-    outline = meta_model(config.model, tokenizer, weights=not config.dry_run)
+    meta_lm = meta_model(config.model, tokenizer, weights=not config.dry_run)
     if config.lora_rank:
-        add_lora(outline, config.lora_rank, config.model)
-    return outline
+        add_lora(meta_lm, config.lora_rank, config.model)
+    return meta_lm
 
 
-def about_model(outline) -> dict:
-    trainable = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
-    return {"num_parameters": outline.num_parameters(), "num_trainable_parameters": trainable}
+def about_model(meta_lm) -> dict:
+    trainable = sum(parameter.numel() for parameter in meta_lm.parameters() if parameter.requires_grad)
+    return {"num_parameters": meta_lm.num_parameters(), "num_trainable_parameters": trainable}
 
 
 def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTModel:

@@ -29,8 +29,8 @@ from loop.record.run_folder import (
     check_same_run,
     check_shared,
     find_start,
+    has_output,
     is_over,
-    is_trained,
     launches_of,
     newer_best,
     read_run,
@@ -91,7 +91,7 @@ class Run:
         """The checkpoint to go on from, its state, a best/ that is newer, and the step files and launches so far. Main
         process alone."""
         check_same_run(self.folder, self.info)
-        before = read_run(self.folder) if is_trained(self.folder) else {}
+        before = read_run(self.folder) if has_output(self.folder) else {}
         checkpoint, state = find_start(self.config)
         files = record(self.folder, self.step_file, self.launch["optimizers"], before.get("step_files", []), state.step)
         launches = launches_of(self.folder, before.get("launches", []), launch_command(), state.step)
@@ -104,13 +104,13 @@ class Run:
         return now["from_step"] < self.state.step or before["optimizers"] == now["optimizers"]
 
     @property
-    def is_trained(self) -> bool:
+    def is_over(self) -> bool:
         return is_over(self.state, self.config)
 
     @property
     def is_finished(self) -> bool:
         lost_checkpoints = self.checkpoint is None and self.state.step > 0
-        return (self.is_trained or lost_checkpoints) and read_status(self.folder).get("status") in FINISHED
+        return (self.is_over or lost_checkpoints) and read_status(self.folder).get("status") in FINISHED
 
     def due(self, interval: int) -> bool:
         return self.state.step % interval == 0 or self.state.step == self.config.max_steps
@@ -118,7 +118,7 @@ class Run:
     def __enter__(self) -> "Run":
         if is_main_process():
             # As the run began; what a later launch may change stays out of it.
-            begun = read_run(self.folder) if is_trained(self.folder) else self.info
+            begun = read_run(self.folder) if has_output(self.folder) else self.info
             self.begun = begun | {name: self.info[name] for name in ("step_files", "launches", "measures")}
             write_json(self.folder / "run.json", self.begun)
             (self.folder / "data").mkdir(exist_ok=True)
@@ -236,7 +236,7 @@ class Run:
     def finish(self, interrupt: Interrupt) -> bool:
         """The best model answers, the record is closed. Returns whether the training is over. All ranks."""
         self.progress.bar.close()
-        state, best, is_done = self.state, self.best, self.is_trained
+        state, best, is_done = self.state, self.best, self.is_over
         best_step, best_loss = self.newer or (state.best_step, state.best_loss)
         device = self.accelerator.device
         # PyTorch counts its tensors; of a process on a CPU the system counts everything.

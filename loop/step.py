@@ -1,4 +1,5 @@
-"""The method: optimizers, learning rate, loss, one step. Edit this file, or train with another: --step-file PATH.
+"""The method: optimizers, learning rate, loss, one step. Edit this file, or train with one that has the functions it
+changes: --step-file PATH. A function `evaluators(data, config)` brings measures of its own; see loop/evaluate.py.
 
 Random numbers differ from rank to rank here. For numbers that are equal on all ranks, and the same again
 after a resume, draw from torch.Generator(device).manual_seed(batch.seed).

@@ -90,8 +90,8 @@ def chat_tokenizer(model: str | Path):
 
 @contextmanager
 def ready_to_generate(causal_lm, in_bf16: bool = False):
-    """A model that trains, as it generates: padded rows and a cache need PyTorch's attention, and one token at a
-    time no compiled layers. in_bf16: with weights cast once, as they will be exported; autocast would cast them again
+    """Switches a training model to generation: PyTorch's attention (padding, a cache of keys and values), no compiled
+    layers. in_bf16: with weights cast once, as they will be exported; autocast would cast them again
     for each token, 6.9 GB of Qwen3-1.7B."""
     was_training, attention = causal_lm.training, causal_lm.config._attn_implementation
     causal_lm.eval().set_attn_implementation("sdpa")

@@ -159,10 +159,10 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
     accelerator, method = make_accelerator(config), load_step_file(config.step_file)
     shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(shaped)
+        meta_lm = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:
-        add_lora(outline, config.lora_rank, "")
-    plan = loop.start.memory.plan_all(config, outline, lengths, accelerator.device, 1, [memory])[memory]
+        add_lora(meta_lm, config.lora_rank, "")
+    plan = loop.start.memory.plan_all(config, meta_lm, lengths, accelerator.device, 1, [memory])[memory]
     profile = plan.profile
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
     batch = make_batch(rows, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)

@@ -309,8 +309,8 @@ def keep_state() -> None:
 
     load = loop.fit.load_step_file
 
-    def load_step_file(path):
-        method = load(path)
+    def load_step_file(*args):
+        method = load(*args)
         original = method.train_step
 
         def train_step(model, optimizers, *more):

@@ -16,7 +16,7 @@ from loop.evaluate import is_right
 from loop.score import score
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
-from tools.exam import Score, mcnemar, scores_of, take
+from tools.exam import Score, mcnemar, scores_of, take_exam
 
 ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
 CMMLU = "\n".join([",Question,A,B,C,D,Answer", *ROWS]) + "\n"
@@ -108,10 +108,10 @@ def test_likelihoods_are_those_of_transformers(small_folder, accelerator, tmp_pa
         logits = plain(torch.tensor([own(prompt, add_special_tokens=False)["input_ids"]])).logits[0, -1]
         expected.append(logits.log_softmax(-1)[ids].tolist())
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    right = take(str(small_folder), questions, "", {})
+    right = take_exam(str(small_folder), questions, "", {})
     best = [max(range(4), key=values.__getitem__) for values in expected]
     assert right == [guess == question.correct for guess, question in zip(best, questions, strict=True)]
-    assert len(take(str(small_folder), questions, "", {}, max_new_tokens=4)) == 2
+    assert len(take_exam(str(small_folder), questions, "", {}, max_new_tokens=4)) == 2
 
 
 @pytest.mark.slow

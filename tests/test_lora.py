@@ -10,7 +10,7 @@ from runs import assert_same_end, curve, files_of, metrics_of
 from safetensors.torch import load_file
 
 from data.batches import make_batch
-from loop.config import TrainConfig
+from loop.config import Resolved
 from loop.start.memory import PROFILES, predict
 from loop.start.trial import try_step
 from loop.step import train_step
@@ -101,9 +101,9 @@ def test_memory_is_predicted_for_what_is_trained(tokenizer):
     plain, lora = meta_model("tiny", tokenizer), meta_model("tiny", tokenizer)
     add_lora(lora, 4, "tiny")
     device = torch.device("cuda")
-    trials = [try_step(m, TrainConfig(), torch.float32) for m in (plain, lora)]
+    trials = [try_step(m, Resolved(), torch.float32) for m in (plain, lora)]
     needs = [
-        predict(PROFILES["speed"], TrainConfig(), m, 100, True, device, trial)
+        predict(PROFILES["speed"], Resolved(), m, 100, True, device, trial)
         for m, trial in zip((plain, lora), trials, strict=True)
     ]
     num_trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)

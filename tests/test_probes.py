@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from data.reading.exam import read_exam
 from model.qwen3 import load_tokenizer
-from tools.exam import take
+from tools.exam import take_exam
 
 EXAM = ",Question,A,B,C,D,Answer\n" + "".join(f"{i},第{i}项是什么,对{i},错{i},误{i},非{i},A\n" for i in range(9))
 PROBE = ("own", "none", "other")
@@ -98,7 +98,7 @@ def test_the_exam_of_a_run_is_that_of_the_tool(probed, small_folder):
     rows = probed("one")
     assert [row["step"] for row in rows if "exam/accuracy" in row] == [0, 2, 4]
     questions = read_exam([str(probed.folder / "exam.csv")]).questions
-    right = take(str(small_folder), questions, "", {})
+    right = take_exam(str(small_folder), questions, "", {})
     assert rows[0]["exam/accuracy"] == sum(right) / 9
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from ranks import run
 from runs import assert_same_end, metrics_of, newest, weights_and_moments
 from safetensors.torch import load_file
 
+from data.base.errors import UserError
 from data.batches import make_batch
 from loop.start.step_file import load_step_file
 
@@ -162,11 +164,10 @@ def edited(tmp_path, name: str, *edits):
 ADAMW = "[torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]"
 BAD = {
     "no_file.py": ([], "there is no step file"),
-    "lacks.py": ([("def lr_multiplier(", "def another(")], "has no function lr_multiplier"),
     "syntax.py": ([("def lr_multiplier(", "def (")], "syntax.py, line"),
     "forgets.py": ([("if p.ndim < 2]", "if p.ndim < 1]")], "norm.weight is in no group"),
     "two.py": ([("fused=True)]", "fused=True), torch.optim.SGD(parameters)]")], "embed_tokens.weight is in 2 groups"),
-    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "twice.py, line 27: ValueError: some parameters"),
+    "twice.py": ([("if p.ndim < 2]", "if p.ndim < 9]")], "twice.py, line 28: ValueError: some parameters"),
     "one.py": ([(ADAMW, ADAMW[1:-1])], "make_optimizers in one.py returned AdamW; it returns a list"),
     "tuple.py": ([(f"return {ADAMW}", f"o = {ADAMW}[0]\n    return o, o")], "tuple.py returned (AdamW, AdamW)"),
     "no_rate.py": ([(ADAMW, "[torch.optim.Adafactor(groups, lr=None)]")], "no_rate.py"),
@@ -176,11 +177,11 @@ BAD = {
     ),
     "closure.py": ([(ADAMW, "[torch.optim.LBFGS(parameters)]")], "closure.py, line"),
     "returns_nothing.py": ([("    return metrics\n", "")], "train_step in returns_nothing.py returned NoneType"),
-    "raises.py": ([("import math\n", "import math\n\nnot_there\n")], "raises.py, line 11: NameError: name 'not_there'"),
-    "misses.py": ([("import math\n", "import not_there\n")], "misses.py, line 9: ModuleNotFoundError"),
+    "raises.py": ([("import math\n", "import math\n\nnot_there\n")], "raises.py, line 12: NameError: name 'not_there'"),
+    "misses.py": ([("import math\n", "import not_there\n")], "misses.py, line 10: ModuleNotFoundError"),
     "typo.py": (
         [("optimizer.zero_grad(", "optimizer.zero_gradient(")],
-        "train_step in typo.py, line 70: AttributeError",
+        "train_step in typo.py, line 71: AttributeError",
     ),
     "nan_rate.py": ([("    warmup_steps = ", "    return math.nan\n    warmup_steps = ")], "nan_rate.py gave nan"),
     "cannot.py": ([(ADAMW, "[torch.zeros(2) @ torch.zeros(3)]")], "make_optimizers in cannot.py, line"),
@@ -279,6 +280,90 @@ def test_the_preset_better_on_the_embedded_sample_and_a_report_that_names_what_i
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "- the step file `code/ema.py`: EMA: an exponential average" in report
     assert "- `learning_rate` 2e-05 instead of 0.0001\n- `warmup_ratio` 0.05 instead of 0.0\n" in report
+
+
+def test_a_step_file_is_what_it_changes(make_model, examples, accelerator, tmp_path):
+    """A loss of its own acts in the step of loop/step.py; a step that wraps the original does not call itself, and the
+    original it wraps uses the file's own loss."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from loop import step\nfrom loop.step import forward_backward as plain, train_step as original\n"
+        "TIMES = 2\nTWICE = 2 * TIMES\n\n"
+        "def forward_backward(model, batch, accelerator, config):\n"
+        "    sums = plain(model, batch, accelerator, config)\n"
+        "    for p in model.parameters():\n        p.grad *= TWICE\n    return sums\n\n"
+        "def train_step(*args):\n    assert step.train_step is original\n    return original(*args)\n"
+    )
+    norms = {}
+    for name, settings_of_file in {"loop/step.py": [], str(own): [], str(own) + " ": ["TIMES=3"]}.items():
+        method, model = load_step_file(name.strip(), settings_of_file), make_model()
+        optimizers = peaks(method.make_optimizers(model, settings()))
+        batch = make_batch(examples[:2], batch_size=1)
+        norms[name] = method.train_step(model, optimizers, batch, accelerator, 1.0, settings()).grad_norm
+    plain, doubled, tripled = norms.values()
+    assert doubled == pytest.approx(4 * plain, rel=1e-6) and tripled == pytest.approx(6 * plain, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("RHO", "NAME=VALUE sets a constant"),
+        ("ETA=1", "its constants are RHO"),
+        ("RHO=much", "the file has 0.05, so it takes a value of type float"),
+        ("RHO=True", "a value of type float"),
+        ("RHO=nan", "a value of type float"),
+    ],
+)
+def test_a_constant_that_cannot_be_set_is_refused(setting, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_step_file("recipes/sam.py", [setting])
+
+
+def test_constants_are_set_and_a_name_that_is_almost_one_is_told(tmp_path, capsys):
+    assert load_step_file("recipes/sam.py", ["RHO = 1"]).RHO == 1.0
+    own = tmp_path / "own.py"
+    own.write_text(
+        'TEXT: str = "a"\nPAIR = (1, 2)\nNONE = None\nN = 3\n\ndef train_steps():\n    pass\n\n'
+        "def lr_multiplier(step, max_steps, config):\n    return 1.0\n"
+    )
+    method = load_step_file(str(own), ["TEXT=b=c", "PAIR=(3, 4)", "NONE=7", "N=4"])
+    assert (method.TEXT, method.PAIR, method.NONE, method.N) == ("b=c", (3, 4), 7, 4)
+    assert method.STEP_SET == {"TEXT": "b=c", "PAIR": (3, 4), "NONE": 7, "N": 4}
+    assert "train_steps is no function of a step; is train_step meant?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="so it takes a value of type int"):
+        load_step_file(str(own), ["N=4.5"])
+    own.write_text("x = 1\n")
+    with pytest.raises(UserError, match="has none of the functions"):
+        load_step_file(str(own))
+
+
+def test_what_a_step_file_imports_is_recorded(command, tmp_path):
+    """From beside it and below, and from the project outside of loop/ and model/; a constant that is set anew counts
+    as another step file."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/inner.py").write_text("VALUE = 1\n")
+    (tmp_path / "beside.py").write_text("from parts.inner import VALUE\n")
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import beside\nfrom data.template import OPEN\nfrom loop.step import train_step as plain\nfrom model.loss "
+        "import SFTModel\nfrom recipes.sam import forward_backward\n\nRATE = 1.0\n\n"
+        "def lr_multiplier(step, max_steps, config):\n    return RATE\n"
+    )
+    out = tmp_path / "run"
+    args = command("one", "--step-file", own, "--max-steps", 4, "--output-dir", out, "--resume")
+    assert run(args, "one", "signal_in_step(1)", tmp_path / "log").codes == [0]
+    second = run([*args, "--step-set", "RATE=0.5"], log=tmp_path / "log")
+    assert second.codes == [0] and "another step file from step 2 on: own.py -> own.py" in second.output
+    first, second = json.loads((out / "run.json").read_text())["step_files"]
+    names = ["beside.py", "data/template.py", "loop/step.py", "parts/inner.py", "recipes/sam.py"]
+    assert sorted(first["imports"]) == names and second["set"] == {"RATE": 0.5} and "set" not in first
+    for name in names:
+        assert hashlib.sha256((out / "code" / name).read_bytes()).hexdigest() == first["imports"][name]
+
+
+def test_recipes_are_short():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 45, path
 
 
 def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -50,7 +50,6 @@ CHANGES = {
     "max_steps": ("", "--max-steps 1"),
     "seed": ("", "--seed 7"),
     "eval_steps": ("", "--eval-steps 2"),
-    "per_device_eval_batch_size": ("", "--per-device-eval-batch-size 1"),
     "think_probe": ("", "--think-probe"),
     "exam": ("", "--exam {exam}"),
     "exam_steps": ("--exam {exam}", "--exam-steps 2"),
@@ -118,7 +117,9 @@ def what_came_of(out, output: str) -> tuple:
 
 
 def test_every_setting_is_tried():
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == set(CHANGES)
+    """But for one that changes no figure: test_score.py counts the forwards by it."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names == {*CHANGES, "per_device_eval_batch_size"}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -35,7 +35,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(args, tmp_path):
     assert outcome.codes == [0] and "begins again at step 0; what it had made is kept as" in outcome.output
     kept = sorted(path.name for path in (tmp_path / "run").iterdir() if "-of-" in path.name or "-until-" in path.name)
     assert [name.split(".")[0] for name in kept] == [
-        "best-of-step-4", "best-of-step-4-2", "metrics-until-step-5-2", "metrics-until-step-5",
+        "best-of-step-4", "best-of-step-4-2", "eval_rows-until-step-5-2", "eval_rows-until-step-5",
+        "metrics-until-step-5-2", "metrics-until-step-5",
         "samples-until-step-5-2", "samples-until-step-5",
     ]  # fmt: skip
     assert header_of(tmp_path / "run/best-of-step-4")["step"] == 4

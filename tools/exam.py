@@ -50,7 +50,7 @@ class Score(NamedTuple):
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def take(name: str, questions: list[Question], system: str, run: dict, max_new_tokens: int = 0) -> list[bool]:
+def take_exam(name: str, questions: list[Question], system: str, run: dict, max_new_tokens: int = 0) -> list[bool]:
     """Which questions a model answers right, after a system prompt. run: in whose precision; max_new_tokens: of its
     thinking, 0 for none."""
     # Its own tokenizer: a model that does not think is asked without a block.
@@ -126,7 +126,7 @@ def run() -> None:
     own = (system_prompt_of(find_model(model)) for model in args.models)
     system = next(filter(None, own), "") if args.system is None else args.system
     print(f"{exam}\n" + tr("system prompt of all models: {}", visible(system) or "-"))
-    right = [take(model, questions, system, run, args.max_new_tokens * args.think) for model in args.models]
+    right = [take_exam(model, questions, system, run, args.max_new_tokens * args.think) for model in args.models]
     results = [scores_of(questions, answers) for answers in right]
     p = mcnemar(*right) if len(right) == 2 else None
     show(args.models, results, p, exam.guessing)

@@ -58,7 +58,7 @@ def read_row(columns: dict, system_prompt: str = "", given: Given = ()) -> Dialo
         messages = read_messages(dialogue, row.column("dialogue"), unused)
     else:
         history = read_messages(row.take("history") or [], row.column("history"), unused)
-        asked = read_question(row, system_prompt, unused)
+        asked = read_asked(row, system_prompt, unused)
         begin = 1 if asked and asked[0]["role"] == "system" else 0
         messages = [*asked[:begin], *history, *asked[begin:], *read_answer(row, unused)]
     if len(messages) > 2 and messages[-1]["role"] == "user":
@@ -140,7 +140,7 @@ def candidates(names: tuple[str, ...], given: Given) -> dict[str, list[list[str]
     }
 
 
-def read_question(row: Columns, system_prompt: str, unused: set[str]) -> list[dict]:
+def read_asked(row: Columns, system_prompt: str, unused: set[str]) -> list[dict]:
     question = row.take("question")
     name = row.column("question")
     if question is None:
@@ -173,7 +173,7 @@ def read_answer(row: Columns, unused: set[str]) -> list[dict]:
 
 
 def as_columns(row):
-    """A row that is a list of messages, as the column that it would be."""
+    """Wraps a bare list of messages as {"messages": [...]}."""
     is_dialogue = isinstance(row, list) and row and all(isinstance(item, dict) for item in row)
     return {"messages": row} if is_dialogue else row
 

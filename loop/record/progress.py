@@ -22,7 +22,7 @@ class Progress:
         self.resume()
 
     def resume(self) -> None:
-        """The time since the last step was no training."""
+        """Restarts the clock: the time since the last step is not training time."""
         self.clock = time.perf_counter()
 
     def stepped(self, num_tokens: int) -> float:

@@ -31,7 +31,7 @@ from model.export import header_of, restore_export
 FREE = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("may_change")}
 FREE |= {"step_files", "launches", "metric_for_best_model", "measures", "optim", "loss_chunk"}
 FINISHED = ("completed", "early_stopped")
-TRAINED = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
+OUTPUT = ("checkpoints", "best", "metrics.jsonl")  # what a run makes once it trains
 
 
 def claim(output_dir: Path, resume: bool):
@@ -39,7 +39,7 @@ def claim(output_dir: Path, resume: bool):
 
     Returns the lock, a context; it ends with the process too.
     """
-    held = [name for name in TRAINED if (output_dir / name).exists()]
+    held = [name for name in OUTPUT if (output_dir / name).exists()]
     if held and not resume:
         raise UserError(
             f"{output_dir} already holds a run ({', '.join(held)}). Go on with it: --resume. "
@@ -71,13 +71,13 @@ def is_held(output_dir: Path) -> bool:
     return False
 
 
-def is_trained(output_dir: Path) -> bool:
-    return any((output_dir / name).exists() for name in TRAINED)
+def has_output(output_dir: Path) -> bool:
+    return any((output_dir / name).exists() for name in OUTPUT)
 
 
 def check_same_run(output_dir: Path, settings: dict) -> None:
     """Raises UserError with every difference from run.json, if something is trained already."""
-    if not is_trained(output_dir):
+    if not has_output(output_dir):
         return
     was = {**dataclasses.asdict(TrainConfig()), **read_run(output_dir)}  # a setting may be younger than the run
     names = [name for name in {**was, **settings} if name not in FREE and not name.endswith("_version")]

@@ -26,15 +26,15 @@ from model.adamw_8bit import import_torchao
 from model.generate import emulates_bf16
 from model.loss import compiles
 
-# Tokens of a process from which on compiling, some 25 s, pays: by a model of Qwen3-1.7B's step an H100 needs 15 s less
-# for each million of them.
+# Compile only above this many tokens for each process; it costs some 25 s. By a model of Qwen3-1.7B's step an H100
+# needs 15 s less for each million of them.
 COMPILING_PAYS = 2_000_000
 # Logits from which on compiling the loss on a CPU, some 11 s, pays: two cores need 0.14 ms less a target of Qwen3.
 COMPILING_THE_LOSS_PAYS = 10**10
 
 
-def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) -> tuple[Resolved, Plan]:
-    """The settings as they act, and the bytes that the run will need. outline: the model on the meta device.
+def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) -> tuple[Resolved, Plan]:
+    """The settings as they act, and the bytes that the run will need. meta_lm: the model on the meta device.
 
     Raises UserError if the run cannot be made on this device or with this number of processes.
     """
@@ -45,15 +45,15 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     if max_steps <= 0:
         max_steps = math.ceil(config.num_train_epochs * data.steps_per_epoch(config))
     tokens = int(data.train.lengths.sum()) * max_steps // data.steps_per_epoch(config) // processes
-    compiled = what_to_compile(config, device, tokens, outline.config.vocab_size)
+    compiled = what_to_compile(config, device, tokens, meta_lm.config.vocab_size)
     config = Resolved(**dataclasses.asdict(config) | {"max_steps": max_steps, "compile": compiled})
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
     lengths = data.train.lengths.tolist()
     asked = ("speed", "32g") if config.memory == "auto" else (config.memory,)
-    plans = plan_all(config, outline, lengths, device, shards, PROFILES if config.dry_run else asked)
+    plans = plan_all(config, meta_lm, lengths, device, shards, PROFILES if config.dry_run else asked)
     if all(plan.total > available for plan in plans.values()):  # what else would fit?
-        plans = plan_all(config, outline, lengths, device, shards)
+        plans = plan_all(config, meta_lm, lengths, device, shards)
     plan = choose(plans, config.memory, device, available, config.dry_run)
     if plan.profile.optim == "adamw_8bit" and not config.dry_run:
         import_torchao()
@@ -69,10 +69,10 @@ def resolve(config: TrainConfig, data: Data, outline, accelerator: Accelerator) 
     )
     if config.mixed_precision == "bf16" and emulates_bf16(device):
         warn("this CPU emulates bf16, which is several times slower than fp32: --mixed-precision no")
-    if config.max_length > (positions := outline.config.max_position_embeddings):
+    if config.max_length > (positions := meta_lm.config.max_position_embeddings):
         warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
     announce(config, data, plans, available, accelerator)
-    needed = disk_of(plan, outline, config, shards)
+    needed = disk_of(plan, meta_lm, config, shards)
     on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
     return config, plan
 

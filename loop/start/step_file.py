@@ -4,6 +4,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import json
 import math
 import shutil
 import sys
@@ -119,7 +120,8 @@ def converted(text: str, before, setting: str):
     except (ValueError, SyntaxError):
         value = text
     if (before is not None and type(value) is not type(before)) or value != value:
-        raise UserError(f"--step-set {setting}: the file has {before!r}, so a {type(before).__name__} is needed")
+        kind = type(before).__name__
+        raise UserError(f"--step-set {setting}: the file has {before!r}, so it takes a value of type {kind}")
     return value
 
 
@@ -199,7 +201,7 @@ def record(folder: Path, method: ModuleType, optimizers: list[str], before: list
     if imports:
         now["imports"] = {name: sha256_of(file) for name, file in imports.items()}
     if method.STEP_SET:
-        now["set"] = method.STEP_SET
+        now["set"] = json.loads(json.dumps(method.STEP_SET))  # as run.json holds it
     entries = [entry for entry in before if entry["from_step"] < start]
     was = entries[-1] if entries else {}
     if {**was, "set": was.get("set")}.items() >= {**now, "set": now.get("set")}.items():

@@ -98,15 +98,15 @@ class Gradients(torch.autograd.Function):
         return None, *map(torch.empty_like, ctx.parameters)
 
 
-def try_step(outline: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> Tried:
-    """outline: the model, on the meta device will do. dtype: of the weights.
+def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> Tried:
+    """meta_lm: the model, on the meta device will do. dtype: of the weights.
 
     Raises UserError with file and line if the step cannot be made, or keeps what no checkpoint holds.
     """
     method = load_step_file(config.step_file, config.step_set)  # a copy of its own, which the run does not see
     file = name_of(method)
     live = LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(outline, dtype) as model:
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_parameters(meta_lm, dtype) as model:
         optimizers = run_own(method, "make_optimizers", model, config)
         check_optimizers(optimizers, model, file)
         names = [type(optimizer).__name__ for optimizer in optimizers]
@@ -132,16 +132,16 @@ def try_step(outline: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> 
 
 
 @contextmanager
-def fake_parameters(outline: torch.nn.Module, dtype: torch.dtype):
+def fake_parameters(meta_lm: torch.nn.Module, dtype: torch.dtype):
     """The model with fake parameters; afterwards it has its own again."""
-    places = [(module, name) for module in outline.modules() for name in list(module._parameters)]
+    places = [(module, name) for module in meta_lm.modules() for name in list(module._parameters)]
     own = [module._parameters[name] for module, name in places]
     fakes = {p: torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
              for p in own if p is not None}  # fmt: skip
     try:
         for (module, name), parameter in zip(places, own, strict=True):
             module._parameters[name] = fakes.get(parameter)
-        yield WithoutForward(outline, loss_chunk=1)
+        yield WithoutForward(meta_lm, loss_chunk=1)
     finally:
         for (module, name), parameter in zip(places, own, strict=True):
             module._parameters[name] = parameter
@@ -174,7 +174,7 @@ class Alone:
         self.live = live
 
     def backward(self, loss, **_) -> None:
-        """What a real one needs meanwhile is in the phases of loop/start/memory.py; here all gradients come at one time."""
+        """What a real one needs meanwhile is in the phases of memory.py; here all gradients come at one time."""
         peak = self.live.peak
         loss.backward()
         self.live.peak = max(peak, self.live.now)

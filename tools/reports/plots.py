@@ -12,13 +12,24 @@ from tools.reports.record import Group, Record
 # matplotlib has no Chinese font of its own; these come with systems, best first.
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC",
                  "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS")  # fmt: skip
-PROBE = {
-    "loss of the answer, by the thinking before it": {
-        "think_probe/own": "own thinking",
-        "think_probe/none": "no thinking",
-        "think_probe/other": "another row's thinking",
-    }
-}
+# Picture -> title of a panel -> figure in metrics.jsonl -> its label.
+PANELS = {
+    "parts.png": {
+        "loss by part": {"train/think_loss": "thinking, train", "eval/think_loss": "thinking, eval",
+                         "train/answer_loss": "answer, train", "eval/answer_loss": "answer, eval"},
+        "next-token accuracy (eval)": {"eval/think_accuracy": "thinking, eval", "eval/answer_accuracy": "answer, eval"},
+        "form kept (eval)": {"eval/close_accuracy": "closes", "eval/stop_accuracy": "stops"},
+    },
+    "training.png": {"learning rate": {"train/learning_rate": ""}, "gradient norm": {"train/grad_norm": ""},
+                     "tokens/s": {"perf/tokens_per_s": ""}},
+    "exam.png": {"exam accuracy": {"exam/accuracy": ""}},
+    "think_probe.png": {
+        "loss of the answer, by the thinking before it": {
+            "think_probe/own": "own thinking", "think_probe/none": "no thinking",
+            "think_probe/other": "another row's thinking",
+        }
+    },
+}  # fmt: skip
 LABELS = Path(__file__).with_name("templates") / "labels.zh.yaml"
 
 
@@ -94,20 +105,33 @@ class Canvas:
 
 
 def draw(folder: Path, record: Record, language: str) -> None:
-    """loss.png, parts.png and training.png; groups.png and think_probe.png if there is something to show."""
+    """loss.png, and those of groups.png, own.png and PANELS for which there is something to show."""
     folder.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(language)
     draw_losses(canvas, folder / "loss.png", record)
-    draw_parts(canvas, folder / "parts.png", record)
-    draw_training(canvas, folder / "training.png", record.train)
+    own = {title: {name: name.removeprefix(f"{measure}/") for name in names}
+           for measure, (title, names) in record.own.items()}  # fmt: skip
+    there = {name for row in [*record.train, *record.evaluations] for name in row}
+    for file, panels in {**PANELS, "own.png": own}.items():
+        if any(name in there for figures in panels.values() for name in figures):
+            draw_curves(canvas, folder / file, record, panels)
     if record.groups:
         draw_groups(canvas, folder / "groups.png", record.groups)
-    if any("think_probe/own" in row for row in record.evaluations):
-        draw_curves(canvas, folder / "think_probe.png", record, PROBE)
-    if record.own:
-        own = {title: {name: name.removeprefix(f"{measure}/") for name in names}
-               for measure, (title, names) in record.own.items()}  # fmt: skip
-        draw_curves(canvas, folder / "own.png", record, own)
+
+
+def draw_curves(canvas: Canvas, path: Path, record: Record, panels: dict[str, dict[str, str]]) -> None:
+    """panels: as in PANELS."""
+    figure, axes = canvas.panels(len(panels), max(7, 4.5 * len(panels)), 4.2, squeeze=False)
+    for panel, (title, figures) in zip(axes[0], panels.items(), strict=True):
+        for name, label in figures.items():
+            color = "C0" if "/think_" in name else "C1" if "/answer_" in name else None
+            of_steps = name.startswith(("train/", "perf/"))
+            style = {"alpha": 0.5} if of_steps and label else {} if of_steps else {"marker": "o"}
+            canvas.line(panel, [*record.train, *record.evaluations], name, canvas.say(label), color=color, **style)
+            if name.endswith("accuracy"):
+                canvas.percent(panel)
+        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
+    canvas.save(figure, path)
 
 
 def add_epochs(canvas: Canvas, axes, record: Record) -> None:
@@ -130,14 +154,12 @@ def near_best(records: Iterable[Record], *names: str) -> tuple[float, float]:
 
 
 def draw_losses(canvas: Canvas, path: Path, record: Record) -> None:
-    """Over steps and epochs, the best model marked; near the best, if the fall before it hides the turn; the exam
-    beside the loss, if there is one."""
+    """Over steps and epochs, the best model marked; near the best, if the fall before it hides the turn."""
     low, high = near_best([record], "eval/loss", "train/loss")
     has_zoom = record.verdict.first["eval/loss"] - low > 4 * (high - low) > 0
-    number = 1 + has_zoom + record.has_exam
-    figure, panels = canvas.panels(number, 9 if number == 1 else 6.5 * number, 5, squeeze=False)
-    best, *rest = record.verdict.best, *panels[0]
-    for axes in rest[: 1 + has_zoom]:
+    figure, panels = canvas.panels(1 + has_zoom, 13 if has_zoom else 9, 5, squeeze=False)
+    best = record.verdict.best
+    for axes in panels[0]:
         canvas.line(axes, record.train, "train/loss", canvas.say("train"), color="C0", alpha=0.8)
         canvas.line(axes, record.evaluations, "eval/loss", canvas.say("eval"), color="C1", marker="o")
         label = canvas.say("best: step {}, {:.4f}", best["step"], best["eval/loss"])
@@ -148,62 +170,9 @@ def draw_losses(canvas: Canvas, path: Path, record: Record) -> None:
         axes.set(xlabel=canvas.say("step"), ylabel=canvas.say("loss, nats per target token"))
         add_epochs(canvas, axes, record)
     if has_zoom:
-        rest[1].set_ylim(low - 0.1 * (high - low), high)
-        rest[1].set_xlim(left=best["step"] / 2)
-        rest[1].set_title(canvas.say("near the best"))
-    if record.has_exam:
-        axes = rest[-1]
-        canvas.line(axes, record.evaluations, "exam/accuracy", canvas.say("exam accuracy"), color="C4", marker="o")
-        axes.axvline(best["step"], color="C2", linestyle="--")
-        axes.set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
-        canvas.percent(axes)
-    canvas.save(figure, path)
-
-
-def draw_parts(canvas: Canvas, path: Path, record: Record) -> None:
-    """Thinking and answer apart: loss and accuracy; and the form."""
-    has_form = any("eval/close_accuracy" in row for row in record.evaluations)
-    figure, panels = canvas.panels(3 if has_form else 2, 13 if has_form else 9, 4.2)
-    for part, name, color in (("think", "thinking", "C0"), ("answer", "answer", "C1")):
-        name = canvas.say(name)
-        canvas.line(
-            panels[0], record.train, f"train/{part}_loss", canvas.say("{}, train", name), color=color, alpha=0.4
-        )
-        canvas.line(
-            panels[0], record.evaluations, f"eval/{part}_loss", canvas.say("{}, eval", name), color=color, marker="o"
-        )
-        canvas.line(
-            panels[1],
-            record.evaluations,
-            f"eval/{part}_accuracy",
-            canvas.say("{}, eval", name),
-            color=color,
-            marker="o",
-        )
-    panels[0].set(xlabel=canvas.say("step"), title=canvas.say("loss by part"))
-    panels[1].set(xlabel=canvas.say("step"), title=canvas.say("next-token accuracy (eval)"))
-    canvas.percent(panels[1])
-    if has_form:
-        for name, label, color in (("close", "closes", "C2"), ("stop", "stops", "C4")):
-            canvas.line(
-                panels[2], record.evaluations, f"eval/{name}_accuracy", canvas.say(label), color=color, marker="o"
-            )
-        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("form kept (eval)"), ylim=(-0.05, 1.05))
-        canvas.percent(panels[2])
-    canvas.save(figure, path)
-
-
-def draw_training(canvas: Canvas, path: Path, train: list[dict]) -> None:
-    figure, panels = canvas.panels(3, 13, 3.5)
-    names = {
-        "train/learning_rate": "learning rate",
-        "train/grad_norm": "gradient norm",
-        "perf/tokens_per_s": "tokens/s",
-    }
-    for panel, (name, title) in zip(panels, names.items(), strict=True):
-        canvas.line(panel, train, name, "")
-        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
-    panels[2].set_ylim(bottom=0)
+        axes.set_ylim(low - 0.1 * (high - low), high)
+        axes.set_xlim(left=best["step"] / 2)
+        axes.set_title(canvas.say("near the best"))
     canvas.save(figure, path)
 
 
@@ -222,18 +191,6 @@ def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
     panels[0].set(xlabel=canvas.say("nats"), title=canvas.say("learned: fall of the loss until the best step"))
     panels[1].set(xlabel=canvas.say("nats"), title=canvas.say("lost: rise of the loss from there to the last step"))
     panels[0].invert_yaxis()
-    canvas.save(figure, path)
-
-
-def draw_curves(canvas: Canvas, path: Path, record: Record, panels: dict[str, dict[str, str]]) -> None:
-    """A panel for each title. panels: title -> name of a figure -> its label."""
-    figure, axes = canvas.panels(len(panels), max(7, 5 * len(panels)), 4.5, squeeze=False)
-    for panel, (title, figures) in zip(axes[0], panels.items(), strict=True):
-        for name, label in figures.items():
-            canvas.line(panel, record.evaluations, name, canvas.say(label), marker="o")
-        panel.set(xlabel=canvas.say("step"), title=canvas.say(title))
-        panel.axvline(record.verdict.best["step"], color="C2", linestyle="--")
-        add_epochs(canvas, panel, record)
     canvas.save(figure, path)
 
 
