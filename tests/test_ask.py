@@ -171,7 +171,7 @@ def test_an_address_that_is_none(url, tool, jsonl, tmp_path, best):
     assert code == f"tools.replay: --url {url!r} is no http address"
 
 
-def test_the_judges_of_a_local_model_are_its_own_likelihoods(jsonl, tmp_path, best):
+def test_the_judges_of_a_local_model_are_its_own_likelihoods(best, capsys):
     """Against transformers, one text at a time: of yes and no after the request, and of the answer after questions."""
     rows = [Row(str(i), {}, [{"role": "user", "content": f"第{i}个问题？"},
                              {"role": "assistant", "content": ANSWER}]) for i in range(20, 28)]  # fmt: skip
@@ -202,6 +202,9 @@ def test_the_judges_of_a_local_model_are_its_own_likelihoods(jsonl, tmp_path, be
         own, other, rewritten = (loss(asked(question), f"{ANSWER}<|im_end|>") for question in questions)
         lost += [(n, text)] if other > own and rewritten - own > 0.5 * (other - own) else []
     assert judge.by_answer(pairs) == lost
+    judge.by_likelihood = lambda pairs: pairs[1:]
+    judge.say_if_no_judge()
+    assert "says of 1 of 4 pairs of different questions that they ask the same" in capsys.readouterr().err
 
 
 def model_logits(model, ids: list[int]):

@@ -16,7 +16,7 @@ from collections import Counter
 
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool
+from data.base.console import run_tool, warn
 from data.contexts import exam_rows, in_context
 from data.encode import token_ids
 from data.leaks import question_key
@@ -131,11 +131,24 @@ class Augment:
         sums = [line.loss_sum for line in table]
         return [pair for pair, yes, no in zip(pairs, sums[::2], sums[1::2], strict=True) if no < yes]
 
+    def say_if_no_judge(self) -> None:
+        """Warns if a local model takes the questions of two rows for the same."""
+        number = min(16, len(self.rows) // 2)
+        told = len(self.by_likelihood([(n, self.other(n)) for n in range(number)])) if number else 0
+        if 5 * told < 4 * number:
+            warn(
+                f"the model says of {number - told} of {number} pairs of different questions that they ask the same: "
+                "it cannot judge rewrites. Ask a larger one with --url, or read all that is kept"
+            )
+
+    def other(self, n: int) -> str:
+        return self.questions[(n + len(self.rows) // 2) % len(self.rows)]
+
     def by_answer(self, pairs: Pairs) -> Pairs:
         """The rewrites after which the answer loses more than LOST of what its own question saves it, compared with
         another row's. A row whose question saves nothing is not judged."""
         own = [self.questions[n] for n, _ in pairs]
-        others = [self.questions[(n + len(self.rows) // 2) % len(self.rows)] for n, _ in pairs]
+        others = [self.other(n) for n, _ in pairs]
         rows = [self.rows[n] for n, _ in pairs]
         found = []
         for questions in (own, others, [text for _, text in pairs]):
@@ -163,6 +176,8 @@ def run() -> None:
     reasons = Counter()
     if rows:
         augment = Augment(rows, settings["max_length"], args)
+        if args.url is None:
+            augment.say_if_no_judge()
         reasons = make_rows(args.out, augment.questions, augment.make)
     number = len(rows_of(args.out)[0])
     print(f"{args.out}: {number:,} rewrites of {len(rows):,} questions; dropped in this launch: {listed(reasons)}")

@@ -50,9 +50,9 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float, sign: str = "+") -> str:
     """+0.0196 ± 0.0071; the error only if it is known."""
-    return f"{value:+.4f} ± {error:.4f}" if is_number(error) else f"{value:+.4f}"
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
 
 
 def is_number(value) -> bool:
