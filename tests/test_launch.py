@@ -196,7 +196,7 @@ def test_several_machines_get_the_same_fsdp_as_one():
     assert asked["fsdp2.yaml"]["ACCELERATE_USE_FSDP"] == "true" and asked["fsdp2.yaml"]["FSDP_VERSION"] == "2"
 
 
-def test_the_memory_table_of_the_readme():
+def test_the_memory_table_of_the_docs():
     """16 bytes a parameter, of models that are built from their real shapes, without memory."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
@@ -207,7 +207,7 @@ def test_the_memory_table_of_the_readme():
         "8B": (4096, 36, 32, 12288, False),
         "14B": (5120, 40, 40, 17408, False),
     }
-    for readme in ("README.md", "README.zh-CN.md"):
+    for readme in ("docs/speed.md", "docs/zh/speed.md"):
         text = (ROOT / readme).read_text(encoding="utf-8")
         for name, (hidden, layers, heads, intermediate, tied) in shapes.items():
             config = Qwen3Config(
