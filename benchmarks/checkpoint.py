@@ -25,7 +25,7 @@ def main() -> None:
 
     from data.batches import make_batch
     from data.encode import Example
-    from loop.config import TrainConfig
+    from loop.config import Resolved
     from loop.distributed import make_accelerator, prepare, to_device
     from loop.record.checkpoint_writer import CheckpointWriter
     from loop.start.memory import PROFILES
@@ -34,7 +34,7 @@ def main() -> None:
     from model.attention import PACKED
     from model.loss import SFTModel
 
-    settings = TrainConfig(learning_rate=LR)
+    settings = Resolved(learning_rate=LR)
     accelerator = make_accelerator(settings)
     device = accelerator.device
     config = Qwen3Config(**SHAPES["1.7b" if device.type == "cuda" else "small"], tie_word_embeddings=True)

@@ -193,7 +193,7 @@ def train_ours(args, config, rows, device):
     from transformers import AutoModelForCausalLM
 
     from data.batches import make_batch
-    from loop.config import TrainConfig
+    from loop.config import Resolved
     from loop.distributed import make_accelerator, prepare, to_device
     from loop.start.memory import PROFILES, plan_all
     from loop.step import make_optimizers, train_step
@@ -204,8 +204,13 @@ def train_ours(args, config, rows, device):
     is_compiled = variant == "compiled" or (device.type == "cuda" and variant != "eager")
     memory = variant if variant in PROFILES else "speed"
     compile = "on" if is_compiled else "off" if variant == "eager" else "loss"
-    settings = TrainConfig(
-        learning_rate=LR, memory=memory, compile=compile, max_steps=1, gradient_accumulation_steps=args.rows
+    settings = Resolved(
+        learning_rate=LR,
+        memory=memory,
+        optim=PROFILES[memory].optim,
+        compile=compile,
+        max_steps=1,
+        gradient_accumulation_steps=args.rows,
     )
     profile = PROFILES[memory]
     accelerator = make_accelerator(settings)

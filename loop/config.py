@@ -101,7 +101,8 @@ class TrainConfig:
 
     # Evaluate every N steps (and before the first and after the last one).
     eval_steps: int = 100
-    # Rows in one evaluation micro-batch on each process; the loss does not depend on it. -1: packed as in training.
+    # Rows in one evaluation micro-batch on each process; the loss does not depend on it. -1: as many as have 8,192
+    # tokens together.
     per_device_eval_batch_size: int = may_change(-1)
     # At each evaluation also the answers' loss without thinking and with another row's: does the thinking help? Up to
     # twice an evaluation's time more.

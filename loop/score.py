@@ -41,7 +41,7 @@ def score(
     ends all of it. batch_size: rows laid end to end; -1: as many as have TOKENS tokens. The model is left in the mode
     it came in.
     """
-    asked: dict[tuple, list[int]] = {}
+    rows, asked = list(rows), {}  # key -> numbers of rows; a row that is made when it is asked for stays the same
     for number, row in enumerate(rows):
         asked.setdefault(key_of(row), []).append(number)
     packing = {"batch_size": batch_size} if batch_size > 0 else {"batch_size": 1, "micro_batch_tokens": TOKENS}

@@ -18,11 +18,8 @@ CASES = {
         {"memory": "speed", "lengths": LENGTHS},
         {"memory": "speed", "lengths": LENGTHS, "compile": True},
         {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16},
-        {"memory": "speed", "lengths": FULL, "micro_batch_tokens": 4096, "shape": "0.6b"},
-    ],
-    "recipes": [
-        {"memory": memory, "lengths": LENGTHS, "step_file": f"recipes/{recipe}.py"}
-        for recipe, memory in (("sam", "24g"), ("ema", "16g"))
+        {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/sam.py"},
+        {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py"},
     ],
     "small cards": [
         {"memory": "32g", "lengths": LENGTHS},

@@ -21,14 +21,10 @@ ARGS += ["--learning-rate", "1e-4", "--max-length", "192", "--early-stopping-pat
 CUTS = [
     ("one", 1, 12, 1, 0),
     ("one", 3, 4, 2, 0),
-    ("one", 12, 1, 8, 0),
-    ("ddp2", 1, 6, 1, 0),
-    ("ddp2", 3, 2, 3, 0),
-    ("ddp3", 1, 4, 1, 0),
+    ("one", 12, 1, 8, 10_000),
+    ("ddp2", 1, 6, 1, 250),
     ("ddp3", 2, 2, 5, 0),
     ("fsdp2", 2, 3, 4, 0),
-    ("one", 1, 12, 1, 10_000),
-    ("ddp2", 1, 6, 1, 250),
     ("fsdp2", 1, 6, 1, 400),
 ]
 
@@ -64,20 +60,21 @@ def largest_difference(ours, theirs) -> float:
 
 @pytest.mark.parametrize(
     ("fault", "tolerance", "cuts"),
-    [("in_fp64()", 1e-12, CUTS), ("", 1e-5, [CUTS[0], CUTS[2], CUTS[6], CUTS[7], CUTS[9]])],
+    [("in_fp64()", 1e-12, CUTS), ("", 1e-5, [CUTS[0], CUTS[3], CUTS[5]])],
     ids=["fp64", "fp32"],
 )
 def test_neither_ranks_nor_cuts_change_a_number(rows, fault, tolerance, cuts, tmp_path):
-    """10 steps over epochs with a short last window: every metric row, weight and moment."""
+    """6 steps, two epochs with a short last window: every metric row, weight and moment."""
     reference = None
     for number, (strategy, *sizes, tokens) in enumerate(cuts):
         out = tmp_path / f"{number}-{strategy}"
-        outcome = run(cut(rows, strategy, *sizes, out, tokens), strategy, fault, tmp_path / "log")
+        args = [*cut(rows, strategy, *sizes, out, tokens), "--max-steps", 6, "--eval-steps", 3]
+        outcome = run(args, strategy, fault, tmp_path / "log")
         assert set(outcome.codes) == {0}, outcome.output
         result = weights_and_moments(newest(out))["model"], curve(out)
         reference = reference or result
         assert largest_difference(result[0], reference[0]) <= tolerance, cuts[number]
-        assert len(result[1]) == len(reference[1]) == 10 + 3 + 1  # train, evaluations, the best model's format
+        assert len(result[1]) == len(reference[1]) == 6 + 3 + 1  # train, evaluations, the best model's format
         for ours, theirs in zip(result[1], reference[1], strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours:

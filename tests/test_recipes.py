@@ -38,8 +38,9 @@ def command(tmp_path_factory):
 @pytest.mark.parametrize("strategy", ["one", "ddp2", "fsdp2"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, command, tmp_path):
-    args = command(strategy, "--step-file", ROOT / f"recipes/{recipe}.py", "--output-dir")
-    for name, fault in (("whole", ""), ("run", "kill_in_step(9)"), ("run", "")):
+    short = ["--max-steps", 10, "--eval-steps", 5, "--step-file", ROOT / f"recipes/{recipe}.py", "--output-dir"]
+    args = command(strategy, *short)
+    for name, fault in (("whole", ""), ("run", "kill_in_step(5)"), ("run", "")):
         outcome = run([*args, tmp_path / name, "--resume"], strategy, fault, tmp_path / "log")
         assert -9 in outcome.codes if fault else set(outcome.codes) == {0}, outcome.output
     assert "resumed from" in outcome.output
@@ -47,7 +48,7 @@ def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, c
         (tmp_path / name / "samples.jsonl").touch()
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     losses = [row["eval/loss"] for row in metrics_of(tmp_path / "run") if "eval/loss" in row]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.1
     if recipe == "noise":  # the same numbers on any number of ranks
         one = run([*command("one", *args[len(command(strategy)) :]), tmp_path / "one"], "one", "", tmp_path / "log")
         assert one.codes == [0]

@@ -94,9 +94,10 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_complete_checkpoint(strategy, co
     out = tmp_path / "run"
     args = [*command[strategy], "--output-dir", out, "--resume"]
     assert set(run(args, strategy, "signal_in_step(1)", tmp_path / "log").codes) == {0}
-    for stage in STAGES:
-        if stage == "second_rank" and strategy == "one":
-            continue
+    alone = {"second_rank"} if strategy == "one" else set()
+    # Under DDP the main process writes as one process does; with FSDP2 both write.
+    alone |= {"begin", "before_rename", "after_rename", "pruning"} if strategy == "ddp2" else set()
+    for stage in [stage for stage in STAGES if stage not in alone]:
         outcome = run(args, strategy, f"kill_at('{stage}')", tmp_path / "log")
         assert -9 in outcome.codes, (stage, outcome.output)
         assert "resumed from" in outcome.output, stage

@@ -16,7 +16,7 @@ from collections import Counter
 
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool, warn
+from data.base.console import tool, warn
 from data.contexts import exam_rows, in_context
 from data.encode import token_ids
 from data.leaks import question_key
@@ -162,7 +162,8 @@ class Augment:
         ]
 
 
-def run() -> None:
+@tool("augment")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--rewrites", type=int, default=2, metavar="K", help="of each question")
@@ -184,10 +185,6 @@ def run() -> None:
     if several:
         print(f"{several:,} dialogues of several questions are left out")
     say_how_to_train(args, settings)
-
-
-def main() -> None:
-    run_tool("augment", run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool, visible
+from data.base.console import tool, visible
 from data.base.errors import UserError, cannot_import
 from data.base.files import write_text
 from data.base.language import speak, tr
@@ -54,11 +54,8 @@ MEASURES = {
 LOWER = "* lower is better"
 
 
+@tool("compare_models")
 def main() -> None:
-    run_tool("compare_models", run)
-
-
-def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a ModelScope id; the base first")
     parser.add_argument(

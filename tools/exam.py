@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool, visible
+from data.base.console import tool, visible
 from data.base.files import write_text
 from data.base.language import speak, tr
 from data.contexts import exam_prompts, exam_rows
@@ -104,7 +104,8 @@ def show(models: list[str], results: list[dict[str, Score]], p: float | None, gu
         console.print(tr("McNemar's test of the two on the same questions: p = {:.3f}", p))
 
 
-def run() -> None:
+@tool("exam")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a local folder or a ModelScope id")
     parser.add_argument("--exam", nargs="+", required=True, metavar="FILE", help="files or folders of questions")
@@ -134,10 +135,6 @@ def run() -> None:
         figures = {model: {subject: score._asdict() for subject, score in scores.items()}
                    for model, scores in zip(args.models, results, strict=True)}  # fmt: skip
         write_text(args.out, json.dumps({"models": figures, "p": p}, ensure_ascii=False, indent=2) + "\n")
-
-
-def main() -> None:
-    run_tool("exam", run)
 
 
 if __name__ == "__main__":

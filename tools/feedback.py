@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data.base.console import run_tool, warn
+from data.base.console import tool, warn
 from data.base.errors import UserError
 from data.base.files import write_lines
 from data.reading.feedback import correction_of, is_feedback, newest, problem_of
@@ -56,7 +56,8 @@ def pairs(lines: list[dict], form: str) -> list[dict]:
     return found
 
 
-def run() -> None:
+@tool("feedback")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="what tools.chat --web --feedback has written")
     parser.add_argument("--export", choices=("trl", "swift"), help="write preference pairs")
@@ -83,10 +84,6 @@ def run() -> None:
             raise UserError("no reply has a correction that differs from it, so there is no pair")
         write_lines(out, (json.dumps(pair, ensure_ascii=False) + "\n" for pair in found))
         print(f"{len(found)} pairs: {out}")
-
-
-def main() -> None:
-    run_tool("feedback", run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import random
 
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool
+from data.base.console import tool
 from model.qwen3 import load_tokenizer
 from tools.shared.ask import (
     Endpoint,
@@ -30,7 +30,8 @@ from tools.shared.runs import accelerator_of, load_to_score
 SHARE = 0.1  # of a run's training rows
 
 
-def run() -> None:
+@tool("replay")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--num-rows", type=int, metavar="N", help="default: a tenth of a run's rows, or all of a file")
@@ -69,10 +70,6 @@ def run() -> None:
     number = len(rows_of(args.out)[0])
     print(f"{args.out}: {number:,} replies to {len(rows):,} questions; dropped in this launch: {listed(reasons)}")
     say_how_to_train(args, settings)
-
-
-def main() -> None:
-    run_tool("replay", run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from data.base.console import run_tool
+from data.base.console import tool
 from data.base.errors import UserError
 from data.base.files import write_text
 from data.reading.source import public_name
@@ -198,7 +198,8 @@ def show(name: str, value) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def run() -> None:
+@tool("report")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="finished, running or killed")
     parser.add_argument("--language", choices=("zh", "en"), help="as the run's own setting")
@@ -210,10 +211,6 @@ def run() -> None:
         print(write_report(args.run_dirs[0], args.language))
     else:
         print(write_comparison(args.run_dirs, args.language, args.out))
-
-
-def main() -> None:
-    run_tool("report", run)
 
 
 if __name__ == "__main__":

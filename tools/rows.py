@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool, visible
+from data.base.console import tool, visible
 from data.base.errors import UserError
 from data.base.files import write_lines
 from data.base.language import speak, tr
@@ -192,7 +192,8 @@ def show(lines: list[dict], number: int) -> None:
     )
 
 
-def run() -> None:
+@tool("rows")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--base", help="the model before training, if it is no longer where the run found it")
@@ -218,10 +219,6 @@ def run() -> None:
             (json.dumps(line["columns"], ensure_ascii=False, default=str) + "\n" for line in lines[: args.suspects]),
         )
         print(tr("train without the first {}: --exclude {}", args.suspects, path))
-
-
-def main() -> None:
-    run_tool("rows", run)
 
 
 if __name__ == "__main__":

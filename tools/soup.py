@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from data.base.console import run_tool
+from data.base.console import tool
 from data.base.errors import UserError
 from data.base.language import speak, tr
 from data.contexts import exam_prompts, exam_rows
@@ -131,7 +131,8 @@ def show(found: list[Mixture], names: list[str]) -> None:
         print(tr("the tuned model by itself has a lower loss than each mixture; written is the best of these"))
 
 
-def run() -> None:
+@tool("soup")
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="the model before fine-tuning: a folder or a ModelScope id")
     parser.add_argument("tuned", metavar="TUNED", type=Path, help="RUN_DIR/best")
@@ -155,10 +156,6 @@ def run() -> None:
     found = study(args)
     show(found, [name_of(args.base), name_of(str(args.tuned))])
     print(tr("the mixture of weight {:g}: {}", best_of(found).weight, args.out))
-
-
-def main() -> None:
-    run_tool("soup", run)
 
 
 if __name__ == "__main__":

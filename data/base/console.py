@@ -81,12 +81,19 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def run_tool(name: str, run: Callable[[], None]) -> None:
-    """The main of tools/NAME.py: a mistake of its user is one message and exit status 1."""
-    prepare_terminal()
-    try:
-        run()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"tools.{name}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+def tool(name: str) -> Callable:
+    """Makes a function the main of tools/NAME.py: a mistake of its user is one message and exit status 1."""
+
+    def decorate(run: Callable[[], None]) -> Callable[[], None]:
+        def main() -> None:
+            prepare_terminal()
+            try:
+                run()
+            except (UserError, OSError) as error:
+                raise SystemExit(f"tools.{name}: {error}") from None
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+
+        return main
+
+    return decorate
