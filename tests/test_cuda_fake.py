@@ -25,7 +25,6 @@ CASES = {
         {"memory": "32g", "lengths": LENGTHS},
         {"memory": "24g", "lengths": LENGTHS},
         {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
-        {"memory": "16g", "lengths": LENGTHS, "compile": True},
         {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False},
     ],
 }

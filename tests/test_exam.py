@@ -1,12 +1,10 @@
 """The exam: files are read, likelihoods are transformers' own, figures are those of their formulas."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import REAL, ROOT
+from conftest import REAL
 from transformers import AutoModelForCausalLM
 
 from data.contexts import exam_prompts, exam_rows
@@ -16,6 +14,7 @@ from loop.evaluate import is_right
 from loop.score import score
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
+from tools import exam
 from tools.exam import Score, mcnemar, scores_of, take_exam
 
 ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
@@ -71,12 +70,10 @@ def test_a_preference_for_a_letter_is_worth_a_guess(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["question,answer\n头痛？,休息\n", ",Question,A,B,C,D,Answer\n0,问,甲,乙,丙,丁,\n"])
-def test_a_file_without_choices_or_answers_is_refused(content, tmp_path):
+def test_a_file_without_choices_or_answers_is_refused(content, tmp_path, tool):
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
-    command = [sys.executable, "-m", "tools.exam", "none", "--exam", str(tmp_path / "a.csv")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "no question with choices and one right answer" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _ = tool(exam, "none", "--exam", tmp_path / "a.csv")
+    assert code.startswith("tools.exam: ") and "no question with choices and one right answer" in code
     choices = {"options": {"A": "骨折", "B": "脱位"}, "answer": "A"}
     assert read_question({"question": "诊断是什么？", **choices}, "a")
     for row in ({"question": "看图诊断", "image": "a.png"}, {"question": "诊断？<img src='a.png'>"}):

@@ -127,7 +127,7 @@ YAML = st.one_of(
     st.binary(max_size=40),
     st.sampled_from([b"!!python/object/apply:os.system ['touch hacked']", b"a: &a [*a]", b"- 1", b"seed: 1\nseed: 2"]),
 )  # fmt: skip
-CONFIG_COUNTS = [pytest.param(60, id="60"), pytest.param(500, id="500", marks=pytest.mark.slow)]
+CONFIG_COUNTS = [pytest.param(24, id="24"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count", CONFIG_COUNTS)

@@ -19,7 +19,7 @@ from runs import assert_same_end, metrics_of, status_of
 
 pytestmark = pytest.mark.integration
 
-ARGS = ["tiny", "--max-steps", "100", "--val-fraction", "0.3", "--eval-steps", "100", "--save-steps", "1000"]
+ARGS = ["tiny", "--max-steps", "60", "--val-fraction", "0.3", "--eval-steps", "60", "--save-steps", "1000"]
 ARGS += ["--logging-steps", "1", "--max-length", "192", "--early-stopping-patience", "0", "--learning-rate", "1e-4",
          "--sample-max-new-tokens", "8"]  # fmt: skip
 # As in the forks, whose preset is smaller.

@@ -11,8 +11,8 @@ from conftest import ROOT, good_row
 from ranks import run
 
 from data.reading.source import SAMPLE
+from tools import rows
 from tools.rows import beyond, standard
-from tools.rows import main as study
 
 
 def table(folder) -> list[dict]:
@@ -23,9 +23,9 @@ def table(folder) -> list[dict]:
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     turns = [{"role": role, "content": f"{role}{i}"} for i in range(2) for role in ("user", "assistant")]
-    rows = [good_row(i) for i in range(19)] + [{**good_row(19), "answer": "答" * 300}]  # one that is too long to train
-    rows += [{"question": "不想？", "answer": "不想。"}, {"messages": turns}]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [good_row(i) for i in range(19)] + [{**good_row(19), "answer": "答" * 300}]  # one that is too long to train
+    given += [{"question": "不想？", "answer": "不想。"}, {"messages": turns}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     args = ["tiny", "--dataset", folder / "rows.jsonl", "--val-fraction", "0.3", "--max-steps", 8, "--eval-steps", 8]
     args += ["--max-length", 256]
     done = run([*args, "--num-samples", 0, "--output-dir", folder / "run"], log=folder / "log")
@@ -33,11 +33,11 @@ def studied(tmp_path_factory):
     return folder / "run"
 
 
-def test_the_figures_are_those_of_the_run(studied, monkeypatch, capsys):
+def test_the_figures_are_those_of_the_run(studied, tool):
     """Over the validation rows, weighted by their tokens, the losses are those of the evaluations."""
-    monkeypatch.setattr(sys, "argv", ["tools.rows", str(studied), "--worst", "3", "--suspects", "4"])
-    study()
-    said, lines = capsys.readouterr().out, table(studied)
+    code, said = tool(rows, studied, "--worst", 3, "--suspects", 4)
+    lines = table(studied)
+    assert code == 0
     assert len(lines) == 22 and [line["side"] for line in lines].count("val") == 7
     assert lines == sorted(lines, key=lambda line: -line["suspect"])
     assert "stand out by 3.5" in said and "hardest after training" in said and "train without the first 4" in said
@@ -65,11 +65,10 @@ def test_a_run_without_the_suspects(studied, tmp_path):
     assert done.codes == [0] and "1 rows left out, because --exclude or --exam holds them" in done.output
 
 
-def test_what_cannot_be_studied_is_told(studied, tmp_path):
+def test_what_cannot_be_studied_is_told(studied, tmp_path, tool):
     for arguments, message in {(tmp_path,): "is no folder of a run", (studied, "--base", "none"): "none"}.items():
-        command = [sys.executable, "-m", "tools.rows", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+        code, _ = tool(rows, *arguments)
+        assert code.startswith("tools.rows: ") and message in code
 
 
 def test_what_is_beyond_the_expected():

@@ -106,7 +106,9 @@ def test_every_family_trains_on_every_launch(family, strategy, lora, families, a
 
 @pytest.mark.parametrize("where", ["| head -1", "> /dev/full"])
 def test_a_run_goes_on_without_its_output(where, args, tmp_path):
-    command = " ".join(map(str, [sys.executable, "train.py", *args, "--output-dir", tmp_path / "run"]))
+    command = " ".join(
+        map(str, [sys.executable, "train.py", *args, "--max-steps", 1, "--output-dir", tmp_path / "run"])
+    )
     shell, env = ["bash", "-o", "pipefail", "-c"], {**os.environ, "SWANLAB_MODE": "disabled"}
     done = subprocess.run([*shell, f"{command} {where}"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

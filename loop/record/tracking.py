@@ -141,7 +141,7 @@ class Tracker:
             if line.part in ("think", "answer"):
                 rows.setdefault(line.row, {}).setdefault(line.part, []).append(line)
         try:
-            with self.rows.open("a", encoding="utf-8") as file:
+            with self.rows.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for row, parts in rows.items():
                     sums = {part: [as_json(total([line.loss_sum for line in lines])), sum(line.count for line in lines)]
                             for part, lines in parts.items()}  # fmt: skip
