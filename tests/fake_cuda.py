@@ -142,7 +142,9 @@ PARTITIONED = aot_autograd(
 )
 
 
-def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, **settings) -> dict:
+def measure(
+    shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, layers: int = 0, **settings
+) -> dict:
     """The second of two steps over rows of these lengths, and what loop/start/memory.py predicts of it."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -158,6 +160,7 @@ def measure(shape: str, lengths: list[int], memory: str, compile: bool = False, 
     config = Resolved(memory=memory, optim=optim, compile="on" if compile else "off", **settings)
     accelerator, method = make_accelerator(config), load_step_file(config.step_file)
     shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
+    shaped.num_hidden_layers = layers or shaped.num_hidden_layers
     with torch.device("meta"):
         meta_lm = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:

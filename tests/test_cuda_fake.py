@@ -17,15 +17,15 @@ CASES = {
     "speed": [
         {"memory": "speed", "lengths": LENGTHS},
         {"memory": "speed", "lengths": LENGTHS, "compile": True},
-        {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16},
-        {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/sam.py"},
-        {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py"},
+        {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16, "layers": 7},
+        {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/sam.py", "layers": 7},
+        {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py", "layers": 7},
     ],
     "small cards": [
         {"memory": "32g", "lengths": LENGTHS},
         {"memory": "24g", "lengths": LENGTHS},
         {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
-        {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False},
+        {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False, "layers": 7},
     ],
 }
 
@@ -33,7 +33,8 @@ CASES = {
 @pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
 @pytest.mark.parametrize("group", CASES)
 def test_the_memory_of_a_step_is_what_is_predicted(group):
-    """Within 5 %; the host waits for the device once; nothing is float64 there; few launches."""
+    """Within 5 %, at the true size, and with fewer layers for what is beside it; the host waits for the device once;
+    nothing is float64 there; few launches."""
     cases = [{"shape": "1.7b", **case} for case in CASES[group]]
     command = [sys.executable, str(ROOT / "tests/fake_cuda.py"), json.dumps(cases)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}

@@ -52,7 +52,9 @@ def whole(command, tmp_path_factory):
 def test_killed_in_every_place_it_ends_with_the_same_bits(strategy, command, whole, tmp_path):
     """One run, killed in the middle of an epoch, at its end, in the short last window and in epoch 2."""
     args = [*command[strategy], "--output-dir", tmp_path / "run", "--resume"]
-    for step in (2, 3, 5, 7):  # completed when the kill strikes, in the backward of the next step
+    for step in (
+        (2, 3, 5, 7) if strategy == "one" else (3, 7)
+    ):  # completed when the kill strikes, in the backward of the next step
         outcome = run(args, strategy, f"kill_in_step({step})", tmp_path / "log")
         assert -9 in outcome.codes, outcome.output
         assert checkpoints(tmp_path / "run/checkpoints")[0].name == f"step-{step:08d}"
