@@ -114,12 +114,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def on_main_process(decide: Callable):
-    """decide() on the main process; every rank returns its value or raises its UserError. All ranks."""
+    """decide() on the main process; every rank returns its value or raises its UserError or OSError. All ranks."""
     outcome = [None, None]
     if is_main_process():
         try:
             outcome[0] = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     value, error = broadcast_object_list(outcome)
     if error is not None:

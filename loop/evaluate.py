@@ -56,9 +56,15 @@ class Evaluation:
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
         check_measures(self.own, config, method)
         self.measures += self.own
-        decides = getattr(method, "METRIC_FOR_BEST_MODEL", WEIGHTED)
-        if any(decides.startswith(one.name) for one in self.measures if one.higher_is_better):
-            raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r}: higher is better there, and the lowest would be kept")
+        decides = str(getattr(method, "METRIC_FOR_BEST_MODEL", WEIGHTED))
+        for one in self.measures:
+            if decides == one.name or (decides.startswith(f"{one.name}/") and one.name not in ("eval", "eval/loss")):
+                if one.higher_is_better:
+                    raise UserError(
+                        f"METRIC_FOR_BEST_MODEL {decides!r}: higher is better, and the lowest would be kept"
+                    )
+                if one.every not in (0, config.eval_steps):
+                    raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r} is not measured at each evaluation")
         wanted = [(len(row), row.prompt_length) for measure in self.measures for row in measure.rows]
         if any(other != wanted for other in gather(wanted) if self.own):
             raise UserError(f"evaluators in {name_of(method)} wants other rows on one process than on another")
@@ -74,8 +80,8 @@ class Evaluation:
             part = [*itertools.islice(table, sum(len(row.parts) for row in measure.rows))]
             val = part if val is None else val
             found = self.figures_of(measure, part)
-            named = {f"{measure.name}/{key}": value for key, value in found.items()} if isinstance(found, dict) else {}
-            figures |= named or {measure.name: found}
+            is_one = not isinstance(found, dict)
+            figures |= {measure.name: found} if is_one else {f"{measure.name}/{key}": found[key] for key in found}
         return figures, val
 
     def figures_of(self, measure: Measure, table: list[Scored]) -> float | dict[str, float]:
@@ -86,7 +92,9 @@ class Evaluation:
         for value in found.values() if isinstance(found, dict) else [found]:
             if not isinstance(value, (int, float)):
                 raise UserError(f"the measure {measure.name} gives {value!r}; it gives a number, or a dict of numbers")
-        return found
+        if isinstance(found, dict):
+            return {key: float(value) for key, value in found.items()}
+        return float(found)
 
 
 def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) -> None:
@@ -96,10 +104,18 @@ def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) 
     if not isinstance(own, list) or not all(isinstance(measure, Measure) for measure in own):
         raise UserError(f"{where} returns a list of loop.evaluate.Measure")
     for measure in own:
-        if "/" not in measure.name.strip("/") or measure.name.split("/")[0] in others or measure.name in taken:
+        is_list = isinstance(measure.rows, Sequence) and all(isinstance(row, Example) for row in measure.rows)
+        if not is_list or not all(isinstance(text, str) for text in (measure.name, measure.title)):
+            raise UserError(f"{where}: a Measure has two texts and a list of examples, such as those of data.val")
+        if (
+            "/" not in measure.name.strip("/")
+            or measure.name.split("/")[0] in others
+            or measure.name in taken
+            or measure.name.startswith("eval/loss/")
+        ):
             raise UserError(f"{where}: {measure.name!r} cannot be the name of a figure; eval/long_answers can")
         taken.add(measure.name)
-        if measure.every % config.eval_steps:
+        if not isinstance(measure.every, int) or measure.every < 0 or measure.every % config.eval_steps:
             raise UserError(f"{where}: `every` of {measure.name} is no multiple of eval_steps {config.eval_steps}")
 
 
@@ -171,9 +187,10 @@ def rise_of(before: list[Scored], after: list[Scored], weights: dict[str, float]
     section 6.4). NaN for fewer than two rows.
     """
     sums: dict[str, list[float]] = {}
+    common = {line.row for line in before} & {line.row for line in after}
     for sign, table in ((-1, before), (1, after)):
         for line in table:
-            if line.part in weights:
+            if line.part in weights and line.row in common:
                 row = sums.setdefault(line.row, [0.0, 0.0])
                 row[0] += sign * weights[line.part] * line.loss_sum
                 row[1] += line.count / 2

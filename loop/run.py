@@ -191,8 +191,8 @@ class Run:
         weights = self.accelerator.get_state_dict(model)
         weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
         figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
-        figures |= {name.removeprefix("eval/"): value for name, value in row.items()} | {"deciding_loss": loss}
-        settings = self.info | figures, self.config.language, causal_lm.generation_config
+        figures = {name.removeprefix("eval/"): value for name, value in row.items()} | figures | {"deciding_loss": loss}
+        settings = figures | self.info, self.config.language, causal_lm.generation_config
         texts = card(*settings, tokenizer.chat_template)
         together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
 

@@ -313,6 +313,8 @@ def test_a_step_file_is_what_it_changes(make_model, examples, accelerator, tmp_p
         ("RHO=much", "the file has 0.05, so it takes a value of type float"),
         ("RHO=True", "a value of type float"),
         ("RHO=nan", "a value of type float"),
+        ("RHO=1e400", "a value of type float"),
+        ("RHO={1}", "numbers, texts, lists and the like"),
     ],
 )
 def test_a_constant_that_cannot_be_set_is_refused(setting, message):
@@ -346,8 +348,8 @@ def test_what_a_step_file_imports_is_recorded(command, tmp_path):
     (tmp_path / "beside.py").write_text("from parts.inner import VALUE\n")
     own = tmp_path / "own.py"
     own.write_text(
-        "import beside\nfrom data.template import OPEN\nfrom loop.step import train_step as plain\nfrom model.loss "
-        "import SFTModel\nfrom recipes.sam import forward_backward\n\nRATE = 1.0\n\n"
+        "\ufeffimport beside\nfrom data.template import OPEN\nfrom loop.step import train_step as plain\n"
+        "from model.loss import SFTModel\nfrom recipes.sam import forward_backward\n\nRATE = 1.0\n\n"
         "def lr_multiplier(step, max_steps, config):\n    return RATE\n"
     )
     out = tmp_path / "run"
@@ -355,6 +357,7 @@ def test_what_a_step_file_imports_is_recorded(command, tmp_path):
     assert run(args, "one", "signal_in_step(1)", tmp_path / "log").codes == [0]
     second = run([*args, "--step-set", "RATE=0.5"], log=tmp_path / "log")
     assert second.codes == [0] and "another step file from step 2 on: own.py -> own.py" in second.output
+    assert "(RATE = 0.5)" in (out / "report.md").read_text(encoding="utf-8")
     first, second = json.loads((out / "run.json").read_text())["step_files"]
     names = ["beside.py", "data/template.py", "loop/step.py", "parts/inner.py", "recipes/sam.py"]
     assert sorted(first["imports"]) == names and second["set"] == {"RATE": 0.5} and "set" not in first

@@ -113,6 +113,12 @@ WRONG = {
     'return [Measure("mine", "", data.val, loss_of)]': "'mine' cannot be the name of a figure",
     'return [Measure("eval/loss", "", data.val, loss_of)]': "'eval/loss' cannot be the name of a figure",
     'return [Measure("my/own", "", data.val, loss_of, every=3)]': "no multiple of eval_steps",
+    'return [Measure("my/own", "", data.split.val, loss_of)]': "a list of examples",
+    'return [Measure("my/own", "", (row for row in data.val), loss_of)]': "a list of examples",
+    'return [Measure("my/own", "", [], loss_of, None)]': "no multiple of eval_steps",
+    'return [Measure("eval/loss/x", "", [], loss_of)]': "cannot be the name of a figure",
+    'return [Measure("a/b", "", [], loss_of, 4)]\n\n\nMETRIC_FOR_BEST_MODEL = "a/b"': "not measured at each evaluation",
+    'return [Measure("a/b", "", [], lambda table: {})]\n\n\nMETRIC_FOR_BEST_MODEL = 5': "which no evaluation gives",
     "return data.nothing": "evaluators in own.py, line 5: AttributeError",
     'return [Measure("my/own", "", data.val, lambda table: "x")]': "the measure my/own gives 'x'",
     'return [Measure("my/own", "", data.val, lambda table: 1 / 0)]': "the measure my/own in own.py, line 5: Zero",
@@ -181,6 +187,8 @@ def test_the_error_of_a_rise_is_that_of_drawing_rows_again():
     assert rise == pytest.approx(0.1) and error == pytest.approx(math.sqrt((2**2 + 2**2) * 2) / 30)
     assert math.isnan(rise_of(before[:1], after[:1], {"answer": 1.0})[1])
     assert rise_of(before, after, {"answer": 0.5})[0] == pytest.approx(0.05)
+    assert rise_of(before, after[:1], {"answer": 1.0})[0] == pytest.approx(0.3)  # of the rows that are in both
+    assert math.isnan(rise_of(before, [], {"answer": 1.0})[0])
 
 
 def test_rows_that_are_packed_together_are_those_of_a_pass_of_their_own(split, tokenizer, make_model, accelerator):

@@ -105,10 +105,10 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
 
 def methods(record: Record) -> list[tuple[str, str]]:
     """(file, first line of its docstring and what --step-set set) of the step files that are not loop/step.py."""
-    found, own = [], first_line(STEP_FILE.read_text(encoding="utf-8"))
+    found, own = [], first_line(STEP_FILE.read_bytes())
     for file in record.run.get("step_files", []):
         path = record.folder / "code" / file["file"]
-        line = first_line(path.read_text(encoding="utf-8")) if path.is_file() else ""
+        line = first_line(path.read_bytes()) if path.is_file() else ""
         values = ", ".join(f"{name} = {value!r}" for name, value in file.get("set", {}).items())
         if line != own:
             found.append((file["file"], f"{line} ({values})" if values else line))
@@ -122,7 +122,7 @@ def changed(record: Record) -> list[tuple[str, object, object]]:
     return [(name, run[name], experiment[name]) for name in METHOD if run[name] != experiment[name]]
 
 
-def first_line(code: str) -> str:
+def first_line(code: bytes) -> str:
     return (ast.get_docstring(ast.parse(code)) or "").partition("\n")[0]
 
 

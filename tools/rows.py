@@ -59,19 +59,25 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     model = load_to_score(str(best), run, tokenizer, accelerator)
     after = losses_of(of_sides, tokenizer, run, model, accelerator, tr("best, own question"))
 
-    def in_other(part: str, **context) -> list[float | None]:
+    def last_turn(**context) -> dict[str, list]:
+        """think and answer -> of each row the loss of its last turn in a context."""
         examples = in_context(rows, tokenizer, run["max_length"], **context)
         table = with_bar(model, examples, accelerator, tr("best, other contexts"))
-        return [loss if loss == loss else None for loss in by_row(table, part, map(str, range(len(rows))))]
+        return {part: by_row(table, part, map(str, range(len(rows)))) for part in PARTS}
 
-    own_silent, apart_silent = in_other("answer", thinking=False), in_other("answer", thinking=False, questions=others)
-    apart = in_other("think", questions=others)
+    here = after if all(len(row.asked) == 1 for row in rows) else last_turn()
+    apart, apart_silent = last_turn(questions=others), last_turn(thinking=False, questions=others)
+    own_silent = last_turn(thinking=False)
     own = tokenizer if name == "tiny" else load_tokenizer(name)
     model = load_to_score(name, run, own, accelerator)
     before = losses_of(of_sides, own, run, model, accelerator, tr("before training"))
 
-    follows = [other - own for other, own in zip(apart_silent, own_silent, strict=True)]
-    signs = (beyond(after["think"], apart), beyond(after["answer"], apart_silent), [-gain for gain in follows])
+    follows = [other - own for other, own in zip(apart_silent["answer"], own_silent["answer"], strict=True)]
+    signs = (
+        beyond(here["think"], apart["think"]),
+        beyond(here["answer"], apart_silent["answer"]),
+        [-gain for gain in follows],
+    )
     suspects = map(max, *(standard(sign, sides) for sign in signs))
     lines = [
         {
@@ -103,7 +109,7 @@ def losses_of(of_sides: dict[str, list[Row]], tokenizer, run: dict, model, accel
         examples += [replace(example, location=places[example.location]) for example in long]
         table += with_bar(model, examples, accelerator, what)
     places = [row.location for rows in of_sides.values() for row in rows]
-    return {part: [loss if loss == loss else None for loss in by_row(table, part, places)] for part in PARTS}
+    return {part: by_row(table, part, places) for part in PARTS}
 
 
 def with_bar(model, examples: list[Example], accelerator, what: str) -> list[Scored]:
@@ -111,12 +117,13 @@ def with_bar(model, examples: list[Example], accelerator, what: str) -> list[Sco
         return score(model, examples, accelerator, check=bar.update)
 
 
-def by_row(table: list[Scored], part: str, places: Iterable[str]) -> list[float]:
-    """The loss of a part of each row; NaN for a row that has none."""
+def by_row(table: list[Scored], part: str, places: Iterable[str]) -> list[float | None]:
+    """The loss of a part of each row; None for a row that has none."""
     lines: dict[str, list[Scored]] = {}
     for line in table:
         lines.setdefault(line.row, []).append(line)
-    return [loss_of(lines.get(place, ()), part) for place in places]
+    losses = (loss_of(lines.get(place, ()), part) for place in places)
+    return [loss if loss == loss else None for loss in losses]
 
 
 def beyond(losses: list[float | None], elsewhere: list[float | None]) -> list[float | None]:

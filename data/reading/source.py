@@ -110,7 +110,7 @@ def public_name(text: str) -> str:
 def in_order(splits: dict[str, list[Path]], part: str, order: tuple[str, ...], name: str) -> dict[str, list[Path]]:
     """With the split first that is read: the first of `order` that is there, or else the files of none. Raises
     UserError if there are several and none of these."""
-    if SPLIT.search(part.lower()) or len(splits) == 1:
+    if SPLIT.fullmatch(part.lower()) or len(splits) == 1:
         return {"": [path for files in splits.values() for path in files]}
     wanted = [split for split in (*order, "") if split in splits]
     if not wanted:
@@ -203,7 +203,7 @@ def subsets_of(folder: Path) -> dict[str, dict[str, list[Path]]]:
     try:
         head = DatasetCard(text, ignore_metadata_errors=True).data
         for name, config in MetadataConfigs.from_dataset_card_data(head).items():
-            for split, patterns in sanitize_patterns(config["data_files"]).items():
+            for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
                 with suppress(FileNotFoundError):
                     found = map(Path, DataFilesList.from_patterns(patterns, base_path=str(folder)))
                     if files := sorted(path for path in found if file_type(path)):

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ DEFAULT = Path(__file__).parent.parent / "step.py"
 ROOT = DEFAULT.parent.parent
 FUNCTIONS = ("make_optimizers", "lr_multiplier", "forward_backward", "train_step", "evaluated_weights")
 MAY_DEFINE = (*FUNCTIONS, "evaluators")
-PRODUCT = ("loop", "model", "data", "tools", "tests", "benchmarks", "train.py")
+LIBRARIES = {Path(path).resolve() for path in sysconfig.get_paths().values()}  # of Python, and what is installed
 
 
 def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
@@ -93,7 +94,7 @@ def set_constants(tree: ast.Module, settings: Iterable[str], path: str) -> dict:
     for text in settings:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or name not in known:
-            there = f"its constants are {', '.join(known)}" if known else "it has no constants in capitals"
+            there = f"its constants are {', '.join(known)}" if known else "it has none that is a plain value"
             raise UserError(f"--step-set {text}: NAME=VALUE sets a constant of {path}; {there}")
         before = ast.literal_eval(known[name].value)
         found[name] = converted(value, before, text)
@@ -111,15 +112,18 @@ def is_literal(node: ast.expr) -> bool:
 
 
 def converted(text: str, before, setting: str):
-    """A value as a constant's own type. Raises UserError if it is another."""
-    if isinstance(before, str):
-        return text
+    """A value as a constant's own type. Raises UserError if it is another, or one that run.json cannot hold."""
     try:
         value = ast.literal_eval(text)
         value = float(value) if type(before) is float and type(value) is int else value
+        json.dumps(value, allow_nan=False)
     except (ValueError, SyntaxError):
         value = text
-    if (before is not None and type(value) is not type(before)) or value != value:
+    except TypeError:
+        raise UserError(f"--step-set {setting}: numbers, texts, lists and the like can be set") from None
+    if isinstance(before, str):
+        return value if isinstance(value, str) else text
+    if before is not None and type(value) is not type(before):
         kind = type(before).__name__
         raise UserError(f"--step-set {setting}: the file has {before!r}, so it takes a value of type {kind}")
     return value
@@ -165,18 +169,17 @@ def imports_of(method: ModuleType) -> dict[str, Path]:
     own = Path(method.__file__).resolve()
     if own == DEFAULT:
         return {}
-    named = names_in(ast.parse(own.read_bytes()))
-    found = {"loop/step.py": DEFAULT}
+    named, found = names_in(ast.parse(own.read_bytes())), {"loop/step.py": DEFAULT}
     for name, module in sorted(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "/").resolve()
-        if file == own or file.suffix != ".py" or file.is_relative_to(sys.prefix) or "site-packages" in file.parts:
+        file = Path(getattr(module, "__file__", None) or "")
+        if not file.is_absolute() or file.suffix != ".py" or (file := file.resolve()) == own or not file.is_file():
             continue
         if file.is_relative_to(ROOT):
             top = file.relative_to(ROOT).parts[0]
             is_beside = file.is_relative_to(own.parent) and own.parent.is_relative_to(ROOT) and own.parent != ROOT
             if top == "recipes" or is_beside or (name in named and top not in ("loop", "model")):
                 found[file.relative_to(ROOT).as_posix()] = file
-        elif file.is_relative_to(own.parent):
+        elif file.is_relative_to(own.parent) and not any(map(file.is_relative_to, LIBRARIES)):
             found[file.relative_to(own.parent).as_posix()] = file
     return found
 

@@ -75,7 +75,8 @@ class Canvas:
         plt.rcParams["font.family"] = ["DejaVu Sans", *([self.font] if self.font else [])]
 
     def say(self, text: str, *values) -> str:
-        return self.labels.get(text, text).format(*values)
+        text = self.labels.get(text, text)
+        return text.format(*values) if values else text
 
     def panels(self, number: int, width: float, height: float, **more):
         figure, panels = self.plt.subplots(1, number, figsize=(width, height), layout="constrained", **more)
@@ -109,7 +110,8 @@ def draw(folder: Path, record: Record, language: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(language)
     draw_losses(canvas, folder / "loss.png", record)
-    own = {title: {name: name.removeprefix(f"{measure}/") for name in names}
+    titles = [title for title, _ in record.own.values()]
+    own = {title if titles.count(title) == 1 else measure: {name: name.removeprefix(f"{measure}/") for name in names}
            for measure, (title, names) in record.own.items()}  # fmt: skip
     there = {name for row in [*record.train, *record.evaluations] for name in row}
     for file, panels in {**PANELS, "own.png": own}.items():

@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
     best: dict
     last: dict  # with a finite loss
     worse: dict  # the first one after the best
-    rise: float  # of the weighted loss from the best to the last, in nats
+    rise: float  # of the figure that decides, from the best to the last
     error: float  # its standard error, paired over the rows; NaN if it is not known
     rows: int  # that it rests on
     train_fall: float  # of the train loss over the same steps, in nats; NaN if it is not known
@@ -60,10 +60,6 @@ class Record(NamedTuple):
     sampled: dict
     step: int
     tables: dict[int, list[Scored]]  # step -> losses of the validation rows, at the best step and the last
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {part: self.run.get(f"{part}_weight", 1.0) for part in ("think", "answer")}
 
     @property
     def own(self) -> dict[str, tuple[str, list[str]]]:
@@ -192,10 +188,16 @@ def judge(evaluations: list[dict], train: list[dict], tables: dict[int, list[Sco
     later = [row for row in evaluations if row["step"] > best["step"]]
     after = [row for row in later if math.isfinite(row["decides"])]
     rise, error, rows = last["decides"] - best["decides"], math.nan, 0
-    if len(tables) == 2:
+    weights = {
+        "eval/weighted_loss": {part: run.get(f"{part}_weight", 1.0) for part in ("think", "answer")},
+        "eval/loss": {"think": 1.0, "answer": 1.0},
+        "eval/think_loss": {"think": 1.0},
+        "eval/answer_loss": {"answer": 1.0},
+    }.get(run.get("metric_for_best_model", "eval/loss"))
+    if len(tables) == 2 and weights:  # of another figure the losses of rows say nothing
         before, now = tables[best["step"]], tables[last["step"]]
-        rise, error = rise_of(before, now, {part: run.get(f"{part}_weight", 1.0) for part in ("think", "answer")})
-        rows = len({line.row for line in now})
+        rise, error = rise_of(before, now, weights)
+        rows = len({line.row for line in before} & {line.row for line in now})
     until_best = [row["train/loss"] for row in train if row["step"] <= best["step"]]
     fall = until_best[-1] - train[-1]["train/loss"] if until_best else math.nan
     if not later:

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, set_seed
 
 from data.base.errors import UserError
-from data.reading.formats import Given, read_row
+from data.reading.feedback import take_feedback
+from data.reading.formats import Given, as_columns, read_row
 from data.reading.read import read_file
 from data.reading.rows import Row, read_given
 from data.reading.source import find_source
@@ -39,13 +40,15 @@ def read_side(run_dir: Path, side: str) -> list[Row]:
 
 def read_rows(dataset: str, system_prompt: str, given: Given = ()) -> list[Row]:
     """Every row of a dataset. Raises UserError naming the first that is unusable."""
-    rows, source = [], find_source(dataset)
+    rows, source, read = [], find_source(dataset), []
     for path in source.files:
-        for location, columns in read_file(path, path.name, source.part, []):
-            try:
-                rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
-            except ValueError as reason:
-                raise UserError(f"{location} {reason}") from None
+        read += ((place, as_columns(row)) for place, row in read_file(path, path.name, source.part, []))
+    read, _ = take_feedback(read, train_liked=False)
+    for location, columns in read[: source.number_of(len(read))]:
+        try:
+            rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
+        except ValueError as reason:
+            raise UserError(f"{location} {reason}") from None
     return rows
 
 
