@@ -41,7 +41,7 @@ def test_no_line_is_lost_if_two_pages_write_at_once(tmp_path):
 
 
 def test_a_new_file_is_its_owners_alone(tmp_path):
-    page = Page("tiny/best", "zh", SYSTEM, True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl", "abc")
+    page = Page("tiny/best", {}, SYSTEM, True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl", "abc")
     replies = Replies(page)
     name = replies.begin(QUESTION, {"thinking": True, "temperature": 0.6})
     assert replies.find(name) is None  # nothing has come yet
@@ -141,7 +141,7 @@ def test_a_file_without_pairs_is_told(jsonl, rows, message, monkeypatch):
 
 
 def test_a_thumb_after_a_correction_leaves_it(tmp_path):
-    replies = Replies(Page("m", "zh", "", True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl"))
+    replies = Replies(Page("m", {}, "", True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl"))
     name = replies.begin(QUESTION, {})
     replies.known[name]["answer"] = "多喝水。"
     replies.rate(name, "edit", "", {"content": "先量血压。"})

@@ -65,7 +65,7 @@ def test_what_is_saved_belongs_together_in_every_order_of_clicks(tmp_path):
 def click_around(seed: int, path) -> int:
     """Checks what 150 clicks have saved; returns the number of corrections."""
     chance = random.Random(seed)
-    made = Replies(Page("m", "zh", "", True, {}, 1, path, "0"))
+    made = Replies(Page("m", {}, "", True, {}, 1, path, "0"))
     panel, gradio = Panel(made), SimpleNamespace(ChatMessage=lambda content, metadata: vars_of(content, metadata))
     tabs = [{"history": [], "fields": Panel.EMPTY} for _ in range(2)]
     expected, count = {}, 0

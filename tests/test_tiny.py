@@ -9,7 +9,9 @@ from runs import metrics_of, status_of
 from benchmarks.make_sample import ROWS_OF_EACH, make_rows
 from data.reading.formats import read_row
 from data.reading.source import SAMPLE
+from loop.evaluate import rise_of
 from model.generate import format_rates, load_for_generation, reply_to
+from tools.reports.record import read_tables
 
 
 def test_the_sample_is_what_its_script_makes():
@@ -29,7 +31,13 @@ def test_tiny_overfits_and_answers_questions_that_it_has_not_seen(train_py, tmp_
     losses = [row["eval/loss"] for row in metrics_of(out) if "eval/loss" in row]
     best = losses.index(min(losses))
     assert losses[0] > 7 and losses[best] < 0.3 and best == len(losses) - 4 and losses[-1] > losses[best] * 1.005
-    assert "**是。** 评估损失在" in (out / "report.md").read_text(encoding="utf-8")
+    # Whether it is called overfitting depends on the error, which over 80 rows is about as large as the rise.
+    steps = {30 * best, 30 * (len(losses) - 1)}
+    before, after = (read_tables(out / "eval_rows.jsonl", steps)[step] for step in sorted(steps))
+    rise, error = rise_of(before, after, {"think": 1.0, "answer": 1.0})
+    said = "**是。** 评估损失在" if rise > 2 * error else "**尚不明显。** 评估损失在"
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert said in report and f"{rise:.4f} ± {error:.4f}（按 80 条配对，± 为标准误）" in report
 
     rows = [json.loads(line) for line in (out / "data/val.jsonl").read_text(encoding="utf-8").splitlines()]
     system = json.loads((out / "run.json").read_text(encoding="utf-8"))["system_prompt"]

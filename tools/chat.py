@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer,
             Page(
                 model=name_of(args.model),
-                language=language,
+                text=TEXTS[language],
                 system=system,
                 thinking=not args.nothink,
                 settings=settings,

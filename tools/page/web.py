@@ -13,7 +13,6 @@ from typing import NamedTuple
 from data.base.errors import UserError, cannot_import
 from data.reading.feedback import append_feedback
 from model.generate import ReplyError, ReplyStream, sampling_keywords
-from tools.chat import TEXTS
 
 CSS = """
 footer { display: none !important }
@@ -27,7 +26,7 @@ class Page(NamedTuple):
     """What the page shows and where it writes."""
 
     model: str  # its name
-    language: str
+    text: dict  # its texts, of texts.yaml, in a language
     system: str  # system prompt
     thinking: bool
     settings: dict  # keywords of ReplyStream
@@ -136,7 +135,7 @@ def each_text(message, change):
 
 
 def build(gradio, causal_lm, tokenizer, page: Page):
-    text, replies = TEXTS[page.language], Replies(page)
+    text, replies = page.text, Replies(page)
     own = getattr(causal_lm.generation_config, "temperature", None) or 1.0
     temperature = page.settings.get("temperature", own) if page.settings.get("do_sample", True) else 0.0
 
