@@ -56,15 +56,7 @@ class Evaluation:
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
         check_measures(self.own, config, method)
         self.measures += self.own
-        decides = str(getattr(method, "METRIC_FOR_BEST_MODEL", WEIGHTED))
-        for one in self.measures:
-            if decides == one.name or (decides.startswith(f"{one.name}/") and one.name not in ("eval", "eval/loss")):
-                if one.higher_is_better:
-                    raise UserError(
-                        f"METRIC_FOR_BEST_MODEL {decides!r}: higher is better, and the lowest would be kept"
-                    )
-                if one.every not in (0, config.eval_steps):
-                    raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r} is not measured at each evaluation")
+        check_what_decides(self.measures, config, method)
         wanted = [(len(row), row.prompt_length) for measure in self.measures for row in measure.rows]
         if any(other != wanted for other in gather(wanted) if self.own):
             raise UserError(f"evaluators in {name_of(method)} wants other rows on one process than on another")
@@ -117,6 +109,17 @@ def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) 
         taken.add(measure.name)
         if not isinstance(measure.every, int) or measure.every < 0 or measure.every % config.eval_steps:
             raise UserError(f"{where}: `every` of {measure.name} is no multiple of eval_steps {config.eval_steps}")
+
+
+def check_what_decides(measures: list[Measure], config: TrainConfig, method: ModuleType) -> None:
+    """Raises UserError if the figure that chooses the best model is not measured each time, or better if higher."""
+    decides = str(getattr(method, "METRIC_FOR_BEST_MODEL", WEIGHTED))
+    for one in measures:
+        if decides == one.name or decides.startswith(f"{one.name}/"):
+            if one.higher_is_better:
+                raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r}: higher is better, and the lowest would be kept")
+            if one.every not in (0, config.eval_steps):
+                raise UserError(f"METRIC_FOR_BEST_MODEL {decides!r} is not measured at each evaluation")
 
 
 def losses(table: list[Scored], think_weight: float = 1.0, answer_weight: float = 1.0) -> dict[str, float]:

@@ -40,7 +40,7 @@ def fit(config: TrainConfig) -> bool:
     evaluation = Evaluation(data, config, accelerator, method)
     if config.dry_run:
         return False
-    run = Run(config, data, plan, evaluation.own, method, about, accelerator)
+    run = Run(config, data, plan, evaluation, about, accelerator)
     state = run.state
     if run.is_finished:
         say(tr("this run is finished: {}", run.summary(state.best_step, state.best_loss)))

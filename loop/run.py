@@ -20,7 +20,7 @@ from data.encode import digest
 from data.split import split_files
 from loop.config import Resolved
 from loop.distributed import on_main_process
-from loop.evaluate import WEIGHTED, Measure
+from loop.evaluate import WEIGHTED, Evaluation
 from loop.record.checkpoint_writer import SaveError, together
 from loop.record.interrupt import Interrupt, Stopped
 from loop.record.progress import Progress
@@ -56,26 +56,20 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Resolved,
-        data: Data,
-        plan: Plan,
-        measures: list[Measure],
-        step_file,
-        about: dict,
-        accelerator: Accelerator,
+        self, config: Resolved, data: Data, plan: Plan, evaluation: Evaluation, about: dict, accelerator: Accelerator
     ):
-        """measures: those that the step file brings. about: num_parameters, and the class names of the optimizers.
-        Raises UserError if the folder holds another run, or is not the same for all processes."""
-        self.config, self.data, self.plan, self.step_file, self.accelerator = config, data, plan, step_file, accelerator
+        """about: num_parameters, and the class names of the optimizers. Raises UserError if the folder holds another
+        run, or is not the same for all processes."""
+        self.config, self.data, self.plan, self.accelerator = config, data, plan, accelerator
+        self.step_file = evaluation.method
         self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
         self.info = dataclasses.asdict(config) | {
             "rows_per_step": data.rows_per_step(config),
             "train_rows": f"{len(data.train):,} with sha256 {digest(data.train)}",
             "val_rows": f"{len(data.val):,} with sha256 {digest(data.val)}",
             "weights": f"torch.{config.weights}",
-            "metric_for_best_model": getattr(step_file, "METRIC_FOR_BEST_MODEL", WEIGHTED),
-            "measures": {one.name: [one.title, one.higher_is_better] for one in measures},
+            "metric_for_best_model": getattr(self.step_file, "METRIC_FOR_BEST_MODEL", WEIGHTED),
+            "measures": {one.name: [one.title, one.higher_is_better] for one in evaluation.own},
             **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
         }
         device = accelerator.device
