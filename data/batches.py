@@ -21,10 +21,21 @@ class MicroBatch(NamedTuple):
     inputs are the keywords of the model's forward: input_ids and position_ids (1, T) int64; cu_seqlens (N + 1)
     int32, where each row begins, and T; max_seqlen, the longest row; target_positions (n,), the position whose
     hidden state predicts a target; target_ids (n,), the target.
+
+    A row is never cut over micro-batches or ranks, so what is summed by row is the whole row's.
     """
 
     inputs: dict
     is_think: torch.Tensor  # (n,) bool, whether a target belongs to the thinking
+    row: torch.Tensor  # (n,) int64, the place in `rows` of the row of a target
+    rows: list[str]  # where the N rows stand; none in a micro-batch without targets
+    num_targets: list[int]  # of each row
+    reference: torch.Tensor | None = None  # (n,) fp32, the loss of a target before training, if the method asks for it
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) -> (N,): the sums of each row, in the same order on any device."""
+        parts = [part.sum() for part in values.split(self.num_targets)]
+        return torch.stack(parts) if parts else values.new_zeros(0)
 
 
 class Batch(NamedTuple):
@@ -38,6 +49,19 @@ class Batch(NamedTuple):
     rows: list[str]  # where the rows of the global batch stand
     step: int  # completed before this one
     seed: int  # of (seed, step), the same on every rank
+    logged: list[tuple[str, torch.Tensor, int]]  # name, sum and number of values
+
+    def log(self, name: str, values: torch.Tensor | float) -> None:
+        """Records values of this step, a number or a tensor of any shape, as the figure method/NAME: the mean over all
+        that are given from one row of metrics.jsonl to the next, on all ranks. Of the values of targets or rows that
+        is the mean over targets or rows, however they are packed."""
+        values = torch.as_tensor(values).detach().float()
+        self.logged.append((name, values.sum(), values.numel()))
+
+    @property
+    def num_rows(self) -> int:
+        """Of the global batch."""
+        return len(self.rows)
 
     @property
     def num_targets(self) -> int:
@@ -84,6 +108,7 @@ def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, step: int = 0, se
         rows=[row.location for row in rows],
         step=step,
         seed=seed,
+        logged=[],
     )
 
 
@@ -148,7 +173,7 @@ def pack(rows: Sequence[Example], batch_size: int, micro_batch_tokens: int) -> l
 
 
 def collate(rows: Sequence[Example]) -> MicroBatch:
-    lengths = [len(row) for row in rows]
+    lengths, trained = [len(row) for row in rows], [row for row in rows if row.num_targets]
     offsets = [0, *itertools.accumulate(lengths)]
     input_ids = torch.cat([row.input_ids for row in rows]).long()
     positions, target_ids = [], []
@@ -164,4 +189,12 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
         "target_positions": torch.cat(positions),
         "target_ids": torch.cat(target_ids).long(),
     }
-    return MicroBatch(inputs, torch.cat([torch.arange(row.num_targets) < row.num_think_targets for row in rows]))
+    references = [row.reference for row in trained if row.reference is not None]
+    return MicroBatch(
+        inputs,
+        is_think=torch.cat([torch.arange(row.num_targets) < row.num_think_targets for row in rows]),
+        row=torch.arange(len(trained)).repeat_interleave(torch.tensor([row.num_targets for row in trained]).long()),
+        rows=[row.location for row in trained],
+        num_targets=[row.num_targets for row in trained],
+        reference=torch.cat(references) if references else None,
+    )

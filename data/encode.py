@@ -27,6 +27,7 @@ class Example:
     location: str  # file and line of its row
     next_tokens: tuple[int, ...] = ()  # further targets: each is asked for after the last id, as an exam's letters are
     own_parts: tuple[tuple[str, int, int], ...] | None = None  # in the place of those of `parts`
+    reference: torch.Tensor | None = None  # (num_targets,) fp32, the losses before training
 
     def __len__(self) -> int:
         return len(self.input_ids)

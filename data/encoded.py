@@ -1,5 +1,6 @@
 """Rows -> their Examples as a datasets.Dataset: in memory if they are few, else an Arrow file in the user's cache."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,11 +24,14 @@ CHUNK = 1_000  # rows that a process takes at a time
 
 
 class Encoded(Sequence):
-    """Examples of a datasets.Dataset; each is made when it is asked for. lengths: (n,) tokens."""
+    """Examples of a datasets.Dataset; each is made when it is asked for. lengths: (n,) tokens; ends: (n,) targets up to
+    the end of each row; reference: of each target its loss before training, if the method asks for it."""
 
     def __init__(self, dataset):
         self.dataset = dataset.with_format("numpy")
         self.lengths = self.column("length")
+        self.ends = numpy.cumsum(self.lengths - self.column("prompt_length"))
+        self.reference: numpy.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -35,7 +39,12 @@ class Encoded(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[one] for one in range(len(self))[index]]
-        return example_of(self.dataset[range(len(self))[index]])
+        index = range(len(self))[index]
+        example = example_of(self.dataset[index])
+        if self.reference is None:
+            return example
+        losses = self.reference[self.ends[index] - example.num_targets : self.ends[index]]
+        return dataclasses.replace(example, reference=torch.tensor(losses))
 
     def __iter__(self) -> Iterator[Example]:
         for columns in self.dataset.iter(CHUNK):

@@ -16,6 +16,7 @@ from loop.evaluate import Evaluation
 from loop.record.checkpoint import check_ranks_agree, load_checkpoint
 from loop.record.checkpoint_writer import CheckpointWriter
 from loop.record.interrupt import Interrupt, Stopped
+from loop.reference import add_reference
 from loop.run import Run
 from loop.start.resolve import resolve
 from loop.start.step_file import finite, load_step_file
@@ -48,6 +49,7 @@ def fit(config: TrainConfig) -> bool:
 
     model = build_model(config, data.tokenizer, accelerator)
     model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
+    add_reference(method.REFERENCE, model, data.train, config, accelerator)
     if run.checkpoint:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(tr("resumed from {}", run.checkpoint))
@@ -68,6 +70,7 @@ def fit(config: TrainConfig) -> bool:
                 is_new = state.step > 0 and (state.step, state.last_eval) != start
                 if is_new and (stop or state.step % config.save_steps == 0):
                     check_ranks_agree(model, root)
+                    run.collect_logged()
                     checkpoints.save(model, optimizers, state)
                 if stop:
                     break

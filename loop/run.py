@@ -19,7 +19,7 @@ from data.dataset import Data
 from data.encode import digest
 from data.split import split_files
 from loop.config import Resolved
-from loop.distributed import on_main_process
+from loop.distributed import gather, on_main_process
 from loop.evaluate import WEIGHTED, Evaluation
 from loop.record.checkpoint_writer import SaveError, together
 from loop.record.interrupt import Interrupt, Stopped
@@ -77,6 +77,7 @@ class Run:
             "world_size": accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
+        self.logged: list[tuple[str, torch.Tensor, int]] = []  # on this rank, not yet in the state
         self.checkpoint, self.state, self.newer, more = on_main_process(self.open)
         check_shared(self.folder)
         self.info |= more
@@ -89,6 +90,7 @@ class Run:
         checkpoint, state = find_start(self.config)
         files = record(self.folder, self.step_file, self.launch["optimizers"], before.get("step_files", []), state.step)
         launches = launches_of(self.folder, before.get("launches", []), launch_command(), state.step)
+        launches[-1] |= {name: self.launch[name] for name in ("num_parameters", "num_trainable_parameters")}
         return checkpoint, state, newer_best(self.best, state), {"step_files": files, "launches": launches}
 
     @property
@@ -194,6 +196,7 @@ class Run:
         """Records one step. Raises Diverged if gradients stay non-finite."""
         state, max_steps = self.state, self.config.max_steps
         state.stepped(metrics)
+        self.logged += batch.logged if metrics.finite else []
         rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
         if not all(map(math.isfinite, rates)):  # of a step that sets its own
             raise UserError(
@@ -207,8 +210,10 @@ class Run:
             say(f"step {state.step} skipped, nothing updated: {norm}; its rows: {rows}", file=sys.stderr)
             state.check_divergence(max_steps)
         if self.due(self.config.logging_steps):
+            self.collect_logged()
             row = {
                 **state.take_losses(),
+                **state.take_logged(),
                 **learning_rates(optimizers),
                 "train/grad_norm": metrics.grad_norm,
                 "train/epoch": batch.epoch,
@@ -220,6 +225,13 @@ class Run:
             self.tracker.log(row, state.step)
             self.progress.show(state.step, row)
         self.progress.resume()
+
+    def collect_logged(self) -> None:
+        """Moves what the steps logged on all ranks to the state. All ranks."""
+        for part in gather([(name, float(value), number) for name, value, number in self.logged]):
+            for name, value, number in part:
+                self.state.logged.setdefault(name, []).append([value, number])
+        self.logged.clear()
 
     def summary(self, best_step: int, best_loss: float | None) -> str:
         if best_loss is None:

@@ -58,6 +58,7 @@ class TrainState:
     # Since the last row of train metrics, for its means; think and answer.
     loss_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0])
     num_targets: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    logged: dict[str, list] = dataclasses.field(default_factory=dict)  # by batch.log: name -> [sum, number] of each
     # Evaluations: the step of the last one, the lowest loss and its step, those in a row without a better loss.
     last_eval: int = -1
     best_loss: float | None = None
@@ -102,6 +103,14 @@ class TrainState:
             "train/loss": mean(think + answer, num_think + num_answer),
             "train/think_loss": mean(think, num_think),
             "train/answer_loss": mean(answer, num_answer),
+        }
+
+    def take_logged(self) -> dict[str, float]:
+        """Means of what the step logged since the last call."""
+        sums, self.logged = self.logged, {}
+        return {
+            f"method/{name}": mean(total([one for one, _ in pairs]), sum(number for _, number in pairs))
+            for name, pairs in sorted(sums.items())
         }
 
     def check_divergence(self, max_steps: int) -> None:

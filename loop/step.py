@@ -38,20 +38,31 @@ def lr_multiplier(step, max_steps, config) -> float:
     return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
 
 
-def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
-    """Adds the gradient of the loss, a mean over every target of the global batch, to `.grad`.
+def part_weights(micro_batch, config) -> torch.Tensor:
+    """(n,): of each target, the weight of its part, thinking or answer."""
+    return micro_batch.is_think * config.think_weight + ~micro_batch.is_think * config.answer_weight
 
-    So neither the packing of rows nor the number of ranks changes the gradient. Returns (micro-batches, 2): this
-    rank's summed cross-entropy in nats of the think and of the answer targets, not weighted.
+
+def micro_batch_loss(model, micro_batch, batch, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what this micro-batch adds to the loss, the (n,) cross-entropy of its targets, which is reported).
+
+    The loss is a mean over every target of the global batch, so neither the packing of rows nor the number of ranks
+    changes it. model(**inputs, of_logits=FUNCTION) also gives what a function makes of the logits.
     """
+    losses = model(**micro_batch.inputs)
+    return (losses * part_weights(micro_batch, config)).sum() / batch.num_targets, losses
+
+
+def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
+    """Adds the gradient of the loss to `.grad`. Returns (micro-batches, 2): this rank's summed cross-entropy in nats of
+    the think and of the answer targets, not weighted."""
     loss_sums = []
-    for number, (inputs, is_think) in enumerate(batch.micro_batches, start=1):
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
         with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):
-            losses = model(**inputs)  # (n,) cross-entropy of each target
-            weights = is_think * config.think_weight + ~is_think * config.answer_weight
-            loss = (losses * weights).sum() / batch.num_targets
+            loss, losses = micro_batch_loss(model, micro_batch, batch, config)
             # DDP and FSDP2 average gradients over ranks; the number of ranks undoes that.
             accelerator.backward(loss * accelerator.num_processes)
+        is_think = micro_batch.is_think
         loss_sums.append(torch.stack([(losses * is_think).sum(), (losses * ~is_think).sum()]).detach())
     return torch.stack(loss_sums)
 

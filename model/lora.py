@@ -4,6 +4,7 @@ peft puts the updates into the linear layers in place, so the model stays the sa
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def add_lora(causal_lm, rank: int, base_model: str) -> None:
         base_model_name_or_path=base_model,
     )
     inject_adapter_in_model(config, causal_lm)
+
+
+@contextmanager
+def updates_off(causal_lm):
+    """Within it the model is the one before training."""
+    layers = [module for module in causal_lm.modules() if hasattr(module, "lora_A")]
+    try:
+        for layer in layers:  # peft's own enable_adapters also freezes, and thaws what a step file froze
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merged(state_dict: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,6 +166,14 @@ def room_for(entry, parameter: torch.Tensor, group: dict):
 # --- compare -----------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def sums_of_bits(parameters: Iterable[torch.Tensor]) -> list[int]:
+    """Of each parameter, or of this rank's shard of it, taken as integers."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return torch.stack([p.view(integers[p.itemsize]).sum(dtype=torch.int64) for p in local]).tolist()
+
+
 def check_ranks_agree(model, root: Path) -> None:
     """Raises UserError if the weights of a DDP model are not the same on every rank. All ranks.
 
@@ -172,10 +181,7 @@ def check_ranks_agree(model, root: Path) -> None:
     """
     if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    with torch.no_grad():
-        sums = [p.view(integers[p.itemsize]).sum(dtype=torch.int64) for p in model.parameters()]
-    checksum = torch.stack(sums).tolist()
+    checksum = sums_of_bits(model.parameters())
     if any(other != checksum for other in gather(checksum)):
         raise UserError(
             "the ranks' weights have drifted apart: something in the step differs from rank to rank, such as random "

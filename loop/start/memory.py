@@ -1,6 +1,7 @@
 """Memory profiles: what each of them sets and changes, and the bytes that a run will need. GiB are 2**30 bytes."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from data.base.errors import UserError
 from data.base.language import tr
 from loop.config import Resolved
 from loop.start.trial import Tried, try_step
+from model.loss import SMALL_CHUNK, block_size
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
@@ -162,8 +164,13 @@ def predict(
     trained, frozen = count_parameters(causal_lm)
     weights, states = (trained + frozen) * profile.weights.itemsize / shards, trial.states / shards
     needs = {"weights": weights, "optimizer states": states}
+    half = 2 if config.mixed_precision == "bf16" or profile.weights.itemsize == 2 else 4
+    if has_copy := trial.reference == "logits" and not config.lora_rank:
+        needs["the reference"] = (trained + frozen) * half / shards
     phases = phases_of_a_step(profile, config, causal_lm, tokens, several, shards)
     phases = [phase | {"copies that the step makes": trial.kept / shards} for phase in phases]
+    if trial.function:
+        phases[0]["logits"] = of_function(trial, causal_lm, tokens, half, device)
     gradients = trained * profile.weights.itemsize / shards
     phases.append({"gradients": gradients, "temporaries of the update": trial.update / shards})
     if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
@@ -174,12 +181,18 @@ def predict(
             phases.append(copy)
     if shards > 1:
         c, in_layers = causal_lm.config, sum(p.numel() for p in causal_lm.model.layers.parameters())
-        half = 2 if config.mixed_precision == "bf16" else 4
-        gathered = c.vocab_size * c.hidden_size + 2 * in_layers / c.num_hidden_layers
-        needs["gathered by FSDP2"] = gathered * (half + 4)
+        head, layers = c.vocab_size * c.hidden_size, 2 * in_layers / c.num_hidden_layers
+        needs["gathered by FSDP2"] = (head + layers) * (half + 4) + head * half * has_copy
     needs |= max(phases, key=lambda phase: sum(phase.values()))
     needs = {item: size for item, size in needs.items() if size}
     return needs | {"context and allocator": OVERHEAD.get(device.type, OVERHEAD["cuda"])}
+
+
+def of_function(trial: Tried, causal_lm, tokens: int, half: int, device: torch.device) -> float:
+    """Bytes of the logits that a function takes, a chunk of them, and of what it makes of a block."""
+    c, targets = causal_lm.config, min(tokens, SMALL_CHUNK)
+    logits = targets * c.vocab_size * half * (2 if trial.reference == "logits" else 1)
+    return logits + trial.function * min(targets, block_size(device.type, c.vocab_size)) * c.vocab_size
 
 
 def phases_of_a_step(
@@ -189,11 +202,15 @@ def phases_of_a_step(
     c, layers = causal_lm.config, causal_lm.model.layers
     width, compiled, checkpointing = profile.weights.itemsize, config.compile == "on", profile.gradient_checkpointing
     half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
-    trained, frozen = count_parameters(causal_lm)
-    in_layers = sum(parameter.numel() for parameter in layers.parameters())
-    layer = tokens * kept_in_layer(c, KEPT_BY_LORA[compiled] if frozen else KEPT[width, half, compiled])
+    trained, _ = count_parameters(causal_lm)
+    # Layers below the first trained parameter keep nothing; frozen ones above it keep about what LoRA keeps.
+    reached = layers if causal_lm.model.embed_tokens.weight.requires_grad else [*itertools.dropwhile(is_frozen, layers)]
+    in_layers = sum(parameter.numel() for layer in reached for parameter in layer.parameters())
+    tables = [KEPT_BY_LORA[compiled] if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
+    by_layer = [tokens * kept_in_layer(c, table) for table in tables]
+    layer = max(by_layer, default=0)
     residual = tokens * c.hidden_size * (width if half == width else 4)
-    kept = len(layers) * (residual if checkpointing else layer)
+    kept = len(reached) * residual if checkpointing else sum(by_layer)
     gradients = trained * width / shards
     head = c.vocab_size * c.hidden_size
     head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
@@ -214,7 +231,7 @@ def phases_of_a_step(
             "bf16 copies of the weights": copies,
         },
         {  # of the first
-            "gradients": gradients if several or frozen else in_layers * width / shards,
+            "gradients": gradients * several or trained_in(layers) * width / shards,
             "activations": 1.5 * layer,
             "the head's gradient": head_gradient,
         },
@@ -223,6 +240,18 @@ def phases_of_a_step(
             "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
         },
     ]
+
+
+def trained_in(layers: Iterable[torch.nn.Module]) -> int:
+    return sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+
+
+def is_frozen(layer: torch.nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def is_part_frozen(layer: torch.nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def count_parameters(causal_lm) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from loop.config import Resolved, TrainConfig
 from loop.distributed import on_main_process
 from loop.record.run_folder import keep_global_batch
 from loop.record.tracking import choose_mode
-from loop.start.memory import GIB, PROFILES, Plan, choose, disk_of, memory_of, memory_table, plan_all
+from loop.start.memory import GIB, PROFILES, Plan, choose, count_parameters, disk_of, memory_of, memory_table, plan_all
 from loop.start.show import report_table, show_example, thinking_warning
 from model.adamw_8bit import import_torchao
 from model.generate import emulates_bf16
@@ -72,6 +72,9 @@ def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) 
     if config.max_length > (positions := meta_lm.config.max_position_embeddings):
         warn(f"--max-length {config.max_length} is more than the {positions} positions that the model was made for")
     announce(config, data, plans, available, accelerator)
+    trained, frozen = count_parameters(meta_lm)
+    if frozen:
+        say(tr("trained: {:,} of {:,} parameters; the others are frozen", trained, trained + frozen))
     needed = disk_of(plan, meta_lm, config, shards)
     on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
     return config, plan

@@ -20,7 +20,9 @@ from data.base.errors import UserError, one_line
 
 DEFAULT = Path(__file__).parent.parent / "step.py"
 ROOT = DEFAULT.parent.parent
-FUNCTIONS = ("make_optimizers", "lr_multiplier", "forward_backward", "train_step", "evaluated_weights")
+FUNCTIONS = (
+    "make_optimizers", "lr_multiplier", "micro_batch_loss", "forward_backward", "train_step", "evaluated_weights",
+)  # fmt: skip
 MAY_DEFINE = (*FUNCTIONS, "evaluators")
 LIBRARIES = {Path(path).resolve() for path in sysconfig.get_paths().values()}  # of Python, and what is installed
 
@@ -39,7 +41,7 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     if file.suffix != ".py":
         raise UserError(f"--step-file {path}: a step file ends in .py")
     if file.resolve() == DEFAULT:
-        return run_file("step_file", file, path, settings)
+        return with_reference(run_file("step_file", file, path, settings), path)
     base = run_file("loop.step", DEFAULT, "loop/step.py", ())
     # Their originals: a step file that wraps one of them must not call itself.
     originals = ModuleType("loop.step")
@@ -51,7 +53,7 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     method = run_file("step_file", file, path, settings)
     changed = {name: getattr(method, name) for name in MAY_DEFINE if callable(getattr(method, name, None))}
     if not changed:
-        raise UserError(f"--step-file {path} has none of the functions {', '.join(MAY_DEFINE)}; loop/step.py has five")
+        raise UserError(f"--step-file {path} has none of the functions {', '.join(MAY_DEFINE)}; loop/step.py has six")
     for name in set(vars(method)) - set(MAY_DEFINE):
         near = difflib.get_close_matches(name, set(MAY_DEFINE) - set(changed), n=1, cutoff=0.9)
         if near and getattr(vars(method)[name], "__module__", "") == "step_file":
@@ -59,6 +61,14 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     vars(base).update(changed)
     for name in FUNCTIONS:
         setattr(method, name, getattr(base, name))
+    return with_reference(method, path)
+
+
+def with_reference(method: ModuleType, path: str) -> ModuleType:
+    """The method, whose REFERENCE is "", "logits" or "losses"; see loop/reference.py."""
+    method.REFERENCE = getattr(method, "REFERENCE", "")
+    if method.REFERENCE not in ("", "logits", "losses"):
+        raise UserError(f'{path}: REFERENCE is "logits" or "losses" (or "", for none), not {method.REFERENCE!r}')
     return method
 
 

@@ -31,7 +31,7 @@ from loop.config import Resolved
 from loop.distributed import note_peaks
 from loop.start.step_file import finite, load_step_file, name_of, run_own
 from loop.state import StepMetrics
-from model.loss import SFTModel
+from model.loss import SFTModel, gradient_of, results
 
 # It logs a traceback of each error; the message about it is ours.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -47,6 +47,8 @@ class Tried(NamedTuple):
     states: int  # bytes that the optimizers keep
     kept: int  # of copies that are there while a forward or a backward runs
     update: int  # of what is made besides gradients and states when the weights are updated
+    function: float  # that a function of logits needs, for each logit
+    reference: str  # what of the reference it asks for: logits, losses or nothing
 
 
 class LiveBytes(TorchDispatchMode):
@@ -78,24 +80,40 @@ class LiveBytes(TorchDispatchMode):
 class WithoutForward(SFTModel):
     """Losses from which each trained parameter gets a gradient."""
 
-    def attach(self, live: LiveBytes, optimizers: list) -> None:
-        self.live, self.optimizers, self.kept = live, optimizers, 0
+    def attach(self, live: LiveBytes, optimizers: list, reference: str) -> None:
+        self.live, self.optimizers, self.has_logits = live, optimizers, reference == "logits"
+        self.kept, self.function = 0, 0.0
 
-    def forward(self, input_ids, target_ids, **_) -> torch.Tensor:
+    def forward(self, input_ids, target_ids, of_logits=None, **_) -> torch.Tensor | tuple[torch.Tensor, ...]:
         gradients = sum(p.grad.nbytes for p in self.parameters() if p.grad is not None)
         self.kept = max(self.kept, self.live.now - gradients - bytes_of_states(self.optimizers))
-        return Gradients.apply(len(target_ids), *trained_of(self))
+        number = self.try_function(of_logits) if of_logits else 0
+        losses, *own = Gradients.apply(1 + number, len(target_ids), *trained_of(self))
+        return (losses, *own) if of_logits else losses
+
+    def try_function(self, of_logits) -> int:
+        """Notes the bytes that it needs for each logit; returns the number of its results."""
+        before, self.live.peak = (self.live.now, self.live.peak), self.live.now
+        logits = torch.empty(4, self.causal_lm.config.vocab_size)
+        arguments = [torch.zeros(4, dtype=torch.int64), *([torch.empty_like(logits)] if self.has_logits else [])]
+        number = len(results(of_logits, logits, *arguments)) - 1
+        gradient_of(of_logits, logits, arguments, [torch.ones(4)] * (1 + number))
+        self.function = max(self.function, (self.live.peak - before[0]) / logits.numel())
+        self.live.peak = before[1]
+        return number
 
 
 class Gradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, number: int, *parameters) -> torch.Tensor:
-        ctx.parameters = parameters
-        return parameters[0].new_zeros(number, dtype=torch.float32)
+    """Results (n,) from which each parameter gets a gradient."""
 
     @staticmethod
-    def backward(ctx, _):
-        return None, *map(torch.empty_like, ctx.parameters)
+    def forward(ctx, number: int, n: int, *parameters) -> tuple[torch.Tensor, ...]:
+        ctx.parameters = parameters
+        return tuple(parameters[0].new_zeros(n, dtype=torch.float32) for _ in range(number))
+
+    @staticmethod
+    def backward(ctx, *_):
+        return None, None, *map(torch.empty_like, ctx.parameters)
 
 
 def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> Tried:
@@ -111,7 +129,7 @@ def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> 
         check_optimizers(optimizers, model, file)
         names = [type(optimizer).__name__ for optimizer in optimizers]
         note_peaks(optimizers)
-        model.attach(live, optimizers)
+        model.attach(live, optimizers, method.REFERENCE)
         live.seen |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         before = others_than_states(method, model, optimizers)
         try:
@@ -125,15 +143,17 @@ def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> 
                 "as that of AdamW, and more that it keeps is not"
             )
             moments = 2 * sum(p.nbytes for p in trained_of(model))
-            return Tried(names, max(moments, bytes_of_states(optimizers)), model.kept, 0)
+            states = max(moments, bytes_of_states(optimizers))
+            return Tried(names, states, model.kept, 0, model.function, method.REFERENCE)
         check_what_is_kept(before, others_than_states(method, model, optimizers), optimizers, model, file)
         states, gradients = bytes_of_states(optimizers), sum(p.nbytes for p in trained_of(model))
-    return Tried(names, states, model.kept, max(0, live.peak - states - gradients))
+    update = max(0, live.peak - states - gradients)
+    return Tried(names, states, model.kept, update, model.function, method.REFERENCE)
 
 
 @contextmanager
 def fake_parameters(meta_lm: torch.nn.Module, dtype: torch.dtype):
-    """The model with fake parameters; afterwards it has its own again."""
+    """The model with fake parameters; afterwards it has its own again, frozen if the step froze them."""
     places = [(module, name) for module in meta_lm.modules() for name in list(module._parameters)]
     own = [module._parameters[name] for module, name in places]
     fakes = {p: torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
@@ -145,6 +165,8 @@ def fake_parameters(meta_lm: torch.nn.Module, dtype: torch.dtype):
     finally:
         for (module, name), parameter in zip(places, own, strict=True):
             module._parameters[name] = parameter
+            if parameter is not None:
+                parameter.requires_grad_(fakes[parameter].requires_grad)
 
 
 def trained_of(model) -> list[torch.nn.Parameter]:
@@ -152,7 +174,8 @@ def trained_of(model) -> list[torch.nn.Parameter]:
 
 
 def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> None:
-    rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial") for _ in range(2)]
+    reference = torch.zeros(6) if method.REFERENCE == "losses" else None
+    rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial", reference=reference) for _ in range(2)]
     batch = make_batch(rows, batch_size=1, step=step)
     finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
     alone = Alone(model.live)
@@ -218,7 +241,10 @@ def check_optimizers(optimizers, model, file: str) -> None:
                                 "which is no finite number")  # fmt: skip
             for parameter in group["params"]:
                 if parameter not in names:
-                    raise UserError(f"{where}: a group holds a parameter that is not trained")
+                    raise UserError(
+                        f"{where}: a group holds a parameter that is not trained; freeze it before the groups are "
+                        "made, and leave it out of them"
+                    )
                 held[parameter] = held.get(parameter, 0) + 1
     for parameter, name in names.items():
         if held.get(parameter, 0) != 1:

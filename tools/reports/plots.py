@@ -106,15 +106,16 @@ class Canvas:
 
 
 def draw(folder: Path, record: Record, language: str) -> None:
-    """loss.png, and those of groups.png, own.png and PANELS for which there is something to show."""
+    """loss.png, and those of groups.png, own.png, method.png and PANELS for which there is something to show."""
     folder.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(language)
     draw_losses(canvas, folder / "loss.png", record)
     titles = [title for title, _ in record.own.values()]
     own = {title if titles.count(title) == 1 else measure: {name: name.removeprefix(f"{measure}/") for name in names}
            for measure, (title, names) in record.own.items()}  # fmt: skip
+    logged = {name.removeprefix("method/"): {name: ""} for name in record.logged}
     there = {name for row in [*record.train, *record.evaluations] for name in row}
-    for file, panels in {**PANELS, "own.png": own}.items():
+    for file, panels in {**PANELS, "own.png": own, "method.png": logged}.items():
         if any(name in there for figures in panels.values() for name in figures):
             draw_curves(canvas, folder / file, record, panels)
     if record.groups:
@@ -127,7 +128,7 @@ def draw_curves(canvas: Canvas, path: Path, record: Record, panels: dict[str, di
     for panel, (title, figures) in zip(axes[0], panels.items(), strict=True):
         for name, label in figures.items():
             color = "C0" if "/think_" in name else "C1" if "/answer_" in name else None
-            of_steps = name.startswith(("train/", "perf/"))
+            of_steps = name.startswith(("train/", "perf/", "method/"))
             style = {"alpha": 0.5} if of_steps and label else {} if of_steps else {"marker": "o"}
             canvas.line(panel, [*record.train, *record.evaluations], name, canvas.say(label), color=color, **style)
             if name.endswith("accuracy"):

@@ -72,6 +72,11 @@ class Record(NamedTuple):
         }
 
     @property
+    def logged(self) -> list[str]:
+        """Figures that the step logged."""
+        return sorted({name for row in self.train for name in row if name.startswith("method/")})
+
+    @property
     def rates(self) -> dict[str, float]:
         """Format rates of all `answers`."""
         replies = [Reply(*(sample[name] for name in Reply._fields)) for sample in self.answers]
