@@ -1,10 +1,9 @@
 """The method: optimizers, learning rate, loss, one step. Edit this file, or train with one that has the functions it
-changes: --step-file PATH. A function `evaluators(data, config)` brings measures of its own; see loop/evaluate.py.
+changes: --step-file PATH. docs/method.md says what else a step file can have.
 
-Random numbers differ from rank to rank here. For numbers that are equal on all ranks, and the same again
-after a resume, draw from torch.Generator(device).manual_seed(batch.seed).
-State of a parameter (a momentum, an average) belongs in optimizer.state[parameter] and is set after
-optimizer.step(); checkpoints hold it.
+Random numbers differ from rank to rank. Draw those that must be equal on all ranks, and the same after a resume, from
+torch.Generator(device).manual_seed(batch.seed). State of a parameter, such as an average, belongs in
+optimizer.state[parameter], set after optimizer.step(); checkpoints hold it.
 """
 
 import math
@@ -21,8 +20,9 @@ def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms; none under LoRA
     ]
+    groups = [group for group in groups if group["params"]]
     if config.optim == "adamw_8bit":
         return [adamw_8bit(groups, lr=config.learning_rate)]
     return [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
@@ -38,24 +38,20 @@ def lr_multiplier(step, max_steps, config) -> float:
     return {"linear": 1.0 - progress, "cosine": cosine, "constant": 1.0}[config.lr_scheduler_type]
 
 
-def part_weights(micro_batch, config) -> torch.Tensor:
-    """(n,): of each target, the weight of its part, thinking or answer."""
+def part_weights(micro_batch, config) -> torch.Tensor:  # (n,): of each target, that of thinking or answer
     return micro_batch.is_think * config.think_weight + ~micro_batch.is_think * config.answer_weight
 
 
 def micro_batch_loss(model, micro_batch, batch, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what this micro-batch adds to the loss, the (n,) cross-entropy of its targets, which is reported).
-
-    The loss is a mean over every target of the global batch, so neither the packing of rows nor the number of ranks
-    changes it. model(**inputs, of_logits=FUNCTION) also gives what a function makes of the logits.
-    """
+    """(what it adds to the loss, the (n,) cross-entropy of its targets in nats, which is reported). The loss is a mean
+    over every target of the global batch, so neither the packing of rows nor the number of ranks changes it."""
     losses = model(**micro_batch.inputs)
     return (losses * part_weights(micro_batch, config)).sum() / batch.num_targets, losses
 
 
 def forward_backward(model, batch, accelerator, config) -> torch.Tensor:
-    """Adds the gradient of the loss to `.grad`. Returns (micro-batches, 2): this rank's summed cross-entropy in nats of
-    the think and of the answer targets, not weighted."""
+    """Adds the gradient of the loss to `.grad`. Returns (micro-batches, 2): this rank's summed cross-entropy of the
+    think and of the answer targets, not weighted."""
     loss_sums = []
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         with nullcontext() if number == len(batch.micro_batches) else accelerator.no_sync(model):

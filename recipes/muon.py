@@ -3,10 +3,13 @@
 Source: Jordan et al., https://kellerjordan.github.io/posts/muon/; the scaling that lets it use AdamW's rate and decay
 is that of arXiv:2502.16982. torch.optim.Muon.
 Cost: 4 bytes less a matrix element than AdamW (one moment); five products of matrices more in each update, of which
-FSDP2 gathers what it needs. The 8-bit moments of --memory 24g and 16g are not used.
+FSDP2 gathers what it needs. The 8-bit moments of --memory 24g are not used.
+Weights that AdamW pretrained, as Qwen3's, are reported to lose by it if all of them are trained (arXiv:2605.10468).
 """
 
 import torch
+
+from data.base.errors import UserError
 
 MUON_LR = 1.0  # peak of Muon, times learning_rate
 
@@ -14,6 +17,8 @@ MUON_LR = 1.0  # peak of Muon, times learning_rate
 def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """Every trained parameter is in exactly one group; the `lr` of a group is that group's peak."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(p.dtype == torch.bfloat16 for p in trained.values()):
+        raise UserError("muon.py needs weights in fp32: bf16 would round its updates away (--memory 24g has them)")
     matrices = [p for name, p in trained.items() if p.ndim == 2 and "model.layers." in name]
     tables = [p for name, p in trained.items() if p.ndim == 2 and "model.layers." not in name]
     groups = [

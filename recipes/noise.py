@@ -1,6 +1,7 @@
 """Gradient noise, equal on all ranks: a normal number is added to each element of the clipped gradient.
 
-Paper: Neelakantan et al., arXiv:1511.06807, equation 1: variance ETA / (1 + step)^0.55.
+Paper: Neelakantan et al., arXiv:1511.06807, equation 1: variance ETA / (1 + step)^0.55. Here that is the squared norm
+of all the noise, in units of the gradient's: one variance for each element would drown a large model.
 Cost: one draw for each parameter, with FSDP2 of the whole matrix on every rank (1.2 GB for Qwen3-1.7B's embedding).
 Every rank draws from the batch's seed, so the noise does not depend on the number of ranks.
 """
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from loop.state import StepMetrics
 from loop.step import forward_backward
 
-ETA = 1e-8
+ETA = 0.01  # at the first step: noise of a tenth of the gradient's norm
 
 
 def train_step(model, optimizers, batch, accelerator, multiplier, config) -> StepMetrics:
@@ -21,7 +22,8 @@ def train_step(model, optimizers, batch, accelerator, multiplier, config) -> Ste
     metrics = StepMetrics.of(batch, accelerator.gather(loss_sums), norm)  # the one wait for the device
     if 0 < config.max_grad_norm < metrics.grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
-    add_noise(model, batch.seed, (ETA / (1 + batch.step) ** 0.55) ** 0.5)
+    clipped = min(metrics.grad_norm, config.max_grad_norm or metrics.grad_norm)
+    add_noise(model, batch.seed, clipped * (ETA / (1 + batch.step) ** 0.55) ** 0.5)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
@@ -31,8 +33,10 @@ def train_step(model, optimizers, batch, accelerator, multiplier, config) -> Ste
     return metrics
 
 
-def add_noise(model, seed: int, deviation: float) -> None:
-    for index, p in enumerate(p for p in model.parameters() if p.grad is not None):
+def add_noise(model, seed: int, norm: float) -> None:
+    trained = [p for p in model.parameters() if p.grad is not None]
+    deviation = norm / sum(p.numel() for p in trained) ** 0.5
+    for index, p in enumerate(trained):
         generator = torch.Generator(p.device).manual_seed(seed + index)
         noise = torch.randn(p.shape, generator=generator, device=p.device) * deviation
         if isinstance(p, DTensor):  # each rank keeps its shard of the same numbers

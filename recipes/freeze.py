@@ -1,0 +1,16 @@
+"""Freeze: the embeddings and the lower SHARE of the layers stay as they are; a tied head stays with the embeddings.
+
+Paper: Lee et al., arXiv:1911.03090 (how many layers of a pretrained model have to be trained).
+Cost: less than none: no gradient, no moments and no activations of what is frozen.
+"""
+
+from loop.step import make_optimizers as plain_optimizers
+
+SHARE = 0.5
+
+
+def make_optimizers(model, config):
+    inner = model.causal_lm.model
+    for module in [inner.embed_tokens, *inner.layers[: int(SHARE * len(inner.layers))]]:
+        module.requires_grad_(False)
+    return plain_optimizers(model, config)

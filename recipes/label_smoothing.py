@@ -1,0 +1,19 @@
+"""Label smoothing: the target is EPSILON of the uniform distribution, and for the rest the token of the data.
+
+Paper: Szegedy et al., arXiv:1512.00567, section 7.
+Cost: the softmax over the vocabulary once more, a block of targets at a time.
+"""
+
+from loop.step import part_weights
+
+EPSILON = 0.1
+
+
+def uniform(logits, ids):
+    return -logits.log_softmax(-1).mean(-1)
+
+
+def micro_batch_loss(model, micro_batch, batch, config):
+    losses, to_uniform = model(**micro_batch.inputs, of_logits=uniform)
+    smoothed = (1 - EPSILON) * losses + EPSILON * to_uniform
+    return (smoothed * part_weights(micro_batch, config)).sum() / batch.num_targets, losses
