@@ -193,7 +193,7 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
     return MicroBatch(
         inputs,
         is_think=torch.cat([torch.arange(row.num_targets) < row.num_think_targets for row in rows]),
-        row=torch.arange(len(trained)).repeat_interleave(torch.tensor([row.num_targets for row in trained]).long()),
+        row=torch.cat([torch.full((row.num_targets,), number) for number, row in enumerate(rows)]),
         rows=[row.location for row in trained],
         num_targets=[row.num_targets for row in trained],
         reference=torch.cat(references) if references else None,

@@ -73,20 +73,26 @@ def check_same_model(folder: Path, bits: int, config: Resolved) -> None:
 @torch.no_grad()
 def copy_of(causal_lm, config: Resolved) -> Reference:
     """On the same device, and sharded if the model is."""
-    first, dtype = next(causal_lm.parameters()), reference_type(config)
+    first, dtype, made = next(causal_lm.parameters()), reference_type(config), {}
+    is_sharded = isinstance(first, DTensor)
     with torch.device("meta"):
-        copy = AutoModelForCausalLM.from_config(causal_lm.config, attn_implementation=PACKED, dtype=dtype)
-    copy.to_empty(device="cpu" if isinstance(first, DTensor) else first.device)
-    copy.tie_weights()
-    copy.requires_grad_(False).eval()
+        copy = AutoModelForCausalLM.from_config(causal_lm.config, attn_implementation=PACKED, dtype=dtype).eval()
+    for name, module in copy.named_modules():
+        own = causal_lm.get_submodule(name)
+        for key, p in own._parameters.items():
+            if p is not None and p not in made:  # a tied one is made once
+                empty = torch.empty(p.shape, dtype=dtype, device="cpu" if is_sharded else p.device)
+                made[p] = torch.nn.Parameter(empty, requires_grad=False)
+            module._parameters[key] = made.get(p)
+        module._buffers |= {key: buffer.clone() for key, buffer in own._buffers.items() if buffer is not None}
     reference = Reference(copy)
     for layer in copy.model.layers if config.compile == "on" else ():
         layer.compile(dynamic=True)
-    for part in [*copy.model.layers, reference] if isinstance(first, DTensor) else ():
+    for part in [*copy.model.layers, reference] if is_sharded else ():
         fully_shard(part, mesh=first.device_mesh)
-    own = {**dict(causal_lm.named_parameters()), **dict(causal_lm.named_buffers())}
-    for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
-        tensor.copy_(own[name])
+    weights = dict(causal_lm.named_parameters())
+    for name, p in copy.named_parameters():
+        p.copy_(weights[name])
     return reference
 
 

@@ -84,7 +84,7 @@ class Reference(nn.Module):
             embedded = causal_lm.model.embed_tokens(input_ids).to(dtype)
             hidden = causal_lm.model(inputs_embeds=embedded, use_cache=False, **rows).last_hidden_state[0]
         causal_lm.train(was_training)
-        return hidden[target_positions], causal_lm.lm_head.weight.detach()
+        return hidden[target_positions], causal_lm.lm_head.weight
 
 
 class HeadLoss(torch.autograd.Function):
@@ -103,6 +103,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.chunk, ctx.compiled, ctx.logits = chunk, compiled, None
         half_weight, losses, log_sums, is_correct = weight.to(ctx.dtype), [], [], []
         for rows, ids in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
+            logits = None  # before those of the next chunk
             logits = rows.to(ctx.dtype) @ half_weight.T
             for block, block_ids in blocks(logits, ids, size=block_size(device, logits.shape[1], compiled)):
                 losses.append((compiled_cross_entropy if compiled else cross_entropy)(block, block_ids))
@@ -128,7 +129,7 @@ class HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight)) if ctx.needs_input_grad[1] else None
         parts = (t.split(ctx.chunk) for t in (hidden, target_ids, of_targets, log_sums, grad, grad_hidden))
         for rows, ids, of_ids, sums, scales, grad_rows in zip(*parts, strict=True):
-            rows = rows.to(ctx.dtype)
+            rows, logits = rows.to(ctx.dtype), None
             logits = rows @ half_weight.T if kept is None else kept
             for block in blocks(logits, sums, scales, size=block_size(device, logits.shape[1], ctx.compiled)):
                 (compiled_scaled_softmax_ if ctx.compiled else scaled_softmax_)(*block)
@@ -152,8 +153,9 @@ class HeadFunction(torch.autograd.Function):
         """other: the reference's hidden (n, hidden_size) and weight."""
         ctx.chunk, ctx.of_logits, ctx.dtype = chunk, of_logits, type_of_products(weight)
         ctx.numbers = random_states(hidden.device)
+        ctx.is_shared = bool(other) and other[1] is weight  # under LoRA
         ctx.save_for_backward(hidden, weight, target_ids, *other)
-        halves = [one.to(ctx.dtype) for one in (weight, *other[1:])]
+        halves = heads_of(ctx, weight, *other)
         found = [
             results(of_logits, *block)
             for _, _, parts in logits_of(chunk, halves, hidden, target_ids, other[:1])
@@ -165,7 +167,7 @@ class HeadFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         hidden, weight, target_ids, *other = ctx.saved_tensors
-        halves = [one.to(ctx.dtype) for one in (weight, *other[1:])]
+        halves = heads_of(ctx, weight, *other)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight)) if ctx.needs_input_grad[1] else None
         places = iter(grad_hidden.split(ctx.chunk))
@@ -178,6 +180,12 @@ class HeadFunction(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, *[None] * (3 + len(other))
+
+
+def heads_of(ctx, weight: torch.Tensor, *other) -> list[torch.Tensor]:
+    """The head, and the reference's, in the type of products."""
+    half = weight.to(ctx.dtype)
+    return [half, *([half] if ctx.is_shared else [one.to(ctx.dtype) for one in other[1:]])]
 
 
 def logits_of(chunk: int, halves: list[torch.Tensor], hidden, target_ids, other: Sequence, *more):

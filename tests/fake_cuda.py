@@ -7,6 +7,7 @@ what inductor's partitioner decides, and its graph then runs operator by operato
 """
 
 import ctypes
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -150,10 +151,11 @@ def measure(
 
     import loop.start.memory
     from loop.distributed import make_accelerator, prepare, to_device
+    from loop.reference import copy_of
     from loop.start.step_file import load_step_file
     from model.attention import PACKED
     from model.lora import add_lora
-    from model.loss import SFTModel
+    from model.loss import Reference, SFTModel
 
     torch._dynamo.reset()
     optim = loop.start.memory.PROFILES[memory].optim
@@ -168,6 +170,8 @@ def measure(
     plan = loop.start.memory.plan_all(config, meta_lm, lengths, accelerator.device, 1, [memory])[memory]
     profile = plan.profile
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
+    if method.REFERENCE == "losses":
+        rows = [dataclasses.replace(row, reference=torch.zeros(row.num_targets)) for row in rows]
     batch = make_batch(rows, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
     recorder = Recorder()
     with (
@@ -186,6 +190,8 @@ def measure(
             layer.compile(dynamic=True, backend=PARTITIONED)
         model = SFTModel(causal_lm.train(), profile.loss_chunk)
         model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
+        if method.REFERENCE == "logits":
+            model.reference = (Reference(causal_lm) if config.lora_rank else copy_of(causal_lm, config),)
         for _ in range(2):
             recorder.begin()
             method.train_step(model, optimizers, to_device(batch, accelerator.device), accelerator, 1.0, config)
