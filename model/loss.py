@@ -103,7 +103,6 @@ class HeadLoss(torch.autograd.Function):
         ctx.chunk, ctx.compiled, ctx.logits = chunk, compiled, None
         half_weight, losses, log_sums, is_correct = weight.to(ctx.dtype), [], [], []
         for rows, ids in zip(hidden.split(chunk), target_ids.split(chunk), strict=True):
-            logits = None  # before those of the next chunk
             logits = rows.to(ctx.dtype) @ half_weight.T
             for block, block_ids in blocks(logits, ids, size=block_size(device, logits.shape[1], compiled)):
                 losses.append((compiled_cross_entropy if compiled else cross_entropy)(block, block_ids))
@@ -129,7 +128,7 @@ class HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight)) if ctx.needs_input_grad[1] else None
         parts = (t.split(ctx.chunk) for t in (hidden, target_ids, of_targets, log_sums, grad, grad_hidden))
         for rows, ids, of_ids, sums, scales, grad_rows in zip(*parts, strict=True):
-            rows, logits = rows.to(ctx.dtype), None
+            rows = rows.to(ctx.dtype)
             logits = rows @ half_weight.T if kept is None else kept
             for block in blocks(logits, sums, scales, size=block_size(device, logits.shape[1], ctx.compiled)):
                 (compiled_scaled_softmax_ if ctx.compiled else scaled_softmax_)(*block)
