@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from data.base.errors import UserError
 from model.lora import updates_off
 
 # Targets whose logits exist at one time if there is no gradient, or if a function takes them: an evaluation lays more
@@ -39,7 +38,7 @@ class SFTModel(nn.Module):
         makes of logits (m, vocabulary), at least fp32, and targets (m,): one (m,) tensor or several, which come back
         as (n,) tensors with their gradient. It gets a block of targets at a time, and again in the backward, with the
         same random numbers; if there is a reference, also the reference's logits, which have no gradient. Raises
-        UserError if it returns another shape.
+        ValueError if it returns another shape.
 
         Without targets (n = 0) every parameter still gets a gradient, of 0, which a rank short of rows needs.
         """
@@ -207,7 +206,7 @@ def results(of_logits: Callable, logits, ids, *other) -> tuple[torch.Tensor, ...
         for one in own:
             if not isinstance(one, torch.Tensor) or one.shape != ids.shape:
                 what = list(one.shape) if isinstance(one, torch.Tensor) else type(one).__name__
-                raise UserError(f"of_logits gave {what} for {len(ids)} targets; it gives one number for each, (m,)")
+                raise ValueError(f"of_logits gave {what} for {len(ids)} targets; it gives one number for each, (m,)")
         return cross_entropy(logits, ids), *own
 
 
