@@ -142,7 +142,7 @@ def test_a_function_that_cannot_be_applied_is_refused_before_a_weight_is_loaded(
     assert outcome.codes == [2] and message in outcome.output and "Traceback" not in outcome.output, outcome.output
 
 
-EVERYTHING = '''
+EVERYTHING = """
 from loop.step import make_optimizers as plain_optimizers, part_weights
 
 REFERENCE = "logits"
@@ -167,7 +167,7 @@ def micro_batch_loss(model, micro_batch, batch, config):
     each = (0.9 * losses + 0.1 * uniform + 0.1 * kl) * (0.1 + entropy.detach()) * part_weights(micro_batch, config)
     by_row = micro_batch.by_row(each)
     return (by_row / by_row.new_tensor(micro_batch.num_targets)).sum() / batch.num_rows, losses
-'''
+"""
 
 
 @pytest.mark.integration
@@ -201,7 +201,7 @@ def test_all_of_it_at_once_is_the_same_under_every_launch_and_after_a_kill(more,
                 if not name.startswith(("perf/", "memory/")):
                     assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (strategy, name)
     weights = [weights_and_moments(newest(tmp_path / f"{s}-whole")) for s in ("one", "fsdp2")]
-    assert not any("reference" in name or name.startswith("causal_lm.model.layers.0.") and "lora" not in name
+    assert not any("reference" in name or (name.startswith("causal_lm.model.layers.0.") and "lora" not in name)
                    for name in weights[0]["optimizer"])  # fmt: skip
     assert not any(name.startswith("causal_lm.model.layers.0.") for name in weights[0]["optimizer"])
     for name, weight in weights[0]["model"].items():
@@ -221,7 +221,19 @@ def test_another_model_than_the_one_that_the_run_began_with_is_refused(small_fol
     model = tmp_path / "model"
     shutil.copytree(small_folder, model)
     own = step_file(METHODS["divergence"])
-    args = ["tiny", "--dataset", "sample:20", "--model", model, "--step-file", own, "--max-steps", 4, "--num-samples", 0]
+    args = [
+        "tiny",
+        "--dataset",
+        "sample:20",
+        "--model",
+        model,
+        "--step-file",
+        own,
+        "--max-steps",
+        4,
+        "--num-samples",
+        0,
+    ]
     args += ["--save-steps", 1, "--output-dir", tmp_path / "run", "--resume"]
     assert run(args, "one", "signal_in_step(1)", tmp_path / "log").codes == [0]
     weights = load_file(model / "model.safetensors")
