@@ -70,7 +70,7 @@ def table(folder: Path) -> str:
     best = {name: {s: min(rows, key=lambda row: row["eval/loss"]) for s, rows in by_seed.items() if rows}
             for name, by_seed in runs.items()}  # fmt: skip
     lines = [
-        "| method | seeds | best loss | minus the baseline's | its epoch | at the baseline's turn + 1 | thinking, answer |",
+        "| method | seeds | best loss | minus that of none | its epoch | at the turn of none + 1 | thinking, answer |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in best.items():

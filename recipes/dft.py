@@ -2,6 +2,7 @@
 
 Paper: arXiv:2508.05629. ASFT's table (arXiv:2509.23753) has it 2.2 points below plain training on medical questions.
 Cost: none. Weights below 1 act as a lower rate, too.
+Expect: python train.py tiny --max-steps 20 --step-file recipes/dft.py: eval/loss 5.561.
 """
 
 from loop.step import part_weights

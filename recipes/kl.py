@@ -4,6 +4,7 @@ That divergence is what forgetting follows (arXiv:2509.04259). ASFT (arXiv:2509.
 also weights each cross-entropy by the probability of its target.
 Cost: a forward of the model before training, 1/3 of a step; its weights in bf16 (3.2 GiB for Qwen3-1.7B), under LoRA
 none.
+Expect: python train.py tiny --max-steps 20 --step-file recipes/kl.py: eval/loss 4.644.
 """
 
 from loop.step import part_weights

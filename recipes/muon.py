@@ -26,10 +26,7 @@ def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # none under LoRA, which trains matrices of layers alone
-    muon = torch.optim.Muon(
-        [{"name": "muon", "params": matrices}],
-        lr=MUON_LR * config.learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [*([torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)] if groups else []), muon]
+    muon = {"lr": MUON_LR * config.learning_rate, "weight_decay": config.weight_decay}
+    muon = [{"name": "muon", "params": matrices, **muon}] if matrices else []
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)] if groups else []
+    return optimizers + ([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw")] if muon else [])

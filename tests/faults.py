@@ -287,6 +287,20 @@ def started_apart() -> None:
     os.environ["WORLD_SIZE"] = "2"
 
 
+def tiny_as_it_is() -> None:
+    """The preset and the model of a user."""
+    import dataclasses
+
+    import small
+
+    import loop.config
+    import model.qwen3
+
+    model.qwen3.Qwen3Config = small.Qwen3Config
+    own = {"dataset": ("sample",), "per_device_train_batch_size": 2}
+    loop.config.PRESETS["tiny"] = dataclasses.replace(loop.config.PRESETS["tiny"], **own)
+
+
 def card_of(gib: float) -> None:
     """The device has so much memory."""
     import loop.start.resolve

@@ -20,14 +20,19 @@ CASES = {
         {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16, "layers": 7},
         {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/sam.py", "layers": 7},
         {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py", "layers": 7},
+        {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/kl.py", "layers": 7},
     ],
     "small cards": [
         {"memory": "32g", "lengths": LENGTHS},
         {"memory": "24g", "lengths": LENGTHS},
         {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
         {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False, "layers": 7},
+        {"memory": "32g", "lengths": LENGTHS, "step_file": "recipes/kl.py", "lora_rank": 16, "layers": 7},
+        {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/freeze.py", "layers": 7},
     ],
 }
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+IN_FP32 = ("l2sp", "muon", "sam", "schedule_free")  # with 16g they are refused by name
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
@@ -35,7 +40,19 @@ CASES = {
 def test_the_memory_of_a_step_is_what_is_predicted(group):
     """Within 5 %, at the true size, and with fewer layers for what is beside it; the host waits for the device once;
     nothing is float64 there; few launches."""
-    cases = [{"shape": "1.7b", **case} for case in CASES[group]]
+    check(CASES[group])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_memory_of_each_recipe_is_what_is_predicted_with_each_profile(recipe):
+    profiles = [name for name in ("speed", "32g", "24g", "16g") if name != "16g" or recipe not in IN_FP32]
+    check([{"memory": name, "lengths": LENGTHS, "step_file": f"recipes/{recipe}.py"} for name in profiles])
+
+
+def check(cases: list[dict]) -> None:
+    cases = [{"shape": "1.7b", **case} for case in cases]
     command = [sys.executable, str(ROOT / "tests/fake_cuda.py"), json.dumps(cases)]
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
