@@ -5,6 +5,7 @@ is that of arXiv:2502.16982. torch.optim.Muon.
 Cost: 4 bytes less a matrix element than AdamW (one moment); five products of matrices more in each update, of which
 FSDP2 gathers what it needs. The 8-bit moments of --memory 24g are not used.
 Weights that AdamW pretrained, as Qwen3's, are reported to lose by it if all of them are trained (arXiv:2605.10468).
+Expect: python train.py tiny --max-steps 20 --step-file recipes/muon.py: eval/loss 3.624.
 """
 
 import torch

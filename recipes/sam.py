@@ -2,6 +2,7 @@
 
 Paper: Foret et al., arXiv:2010.01412, equation 2 and 3.
 Cost: a step takes twice the time; a second copy of the trained weights in memory. Both passes have the same dropout.
+Expect: python train.py tiny --max-steps 20 --step-file recipes/sam.py: eval/loss 4.556.
 """
 
 import torch

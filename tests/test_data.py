@@ -258,7 +258,7 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own(examples, world_size):
 def test_a_micro_batch_has_no_padding(examples):
     (batch,) = rank_batches([examples[3], examples[5]], batch_size=2)
     first, second = examples[3], examples[5]
-    batch, is_think = batch
+    batch, is_think = batch.inputs, batch.is_think
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, len(first) + len(second))
     assert batch["cu_seqlens"].tolist() == [0, len(first), len(first) + len(second)]
     assert batch["max_seqlen"] == max(len(first), len(second))

@@ -116,7 +116,8 @@ def test_muon_trains_the_matrices_at_its_own_rate(make_model, examples, accelera
 def test_sam_takes_the_gradient_at_the_worst_point_near_by(make_model, examples, accelerator):
     """Against the two passes written with autograd alone."""
     expected = make_model(dtype=torch.float64)
-    (inputs, _), *_ = batch = make_batch(examples[:2], batch_size=2).micro_batches
+    batch = make_batch(examples[:2], batch_size=2).micro_batches
+    inputs = batch[0].inputs
     parameters = list(expected.parameters())
     first = torch.autograd.grad(expected(**inputs).mean(), parameters)
     norm = torch.cat([gradient.flatten() for gradient in first]).norm()
@@ -198,11 +199,11 @@ BAD = {
     ),
     "closure.py": ([(ADAMW, "[torch.optim.LBFGS(parameters)]")], "closure.py, line"),
     "returns_nothing.py": ([("    return metrics\n", "")], "train_step in returns_nothing.py returned NoneType"),
-    "raises.py": ([("import math\n", "import math\n\nnot_there\n")], "raises.py, line 12: NameError: name 'not_there'"),
-    "misses.py": ([("import math\n", "import not_there\n")], "misses.py, line 10: ModuleNotFoundError"),
+    "raises.py": ([("import math\n", "import math\n\nnot_there\n")], "raises.py, line 11: NameError: name 'not_there'"),
+    "misses.py": ([("import math\n", "import not_there\n")], "misses.py, line 9: ModuleNotFoundError"),
     "typo.py": (
         [("optimizer.zero_grad(", "optimizer.zero_gradient(")],
-        "train_step in typo.py, line 71: AttributeError",
+        "train_step in typo.py, line 78: AttributeError",
     ),
     "nan_rate.py": ([("    warmup_steps = ", "    return math.nan\n    warmup_steps = ")], "nan_rate.py gave nan"),
     "cannot.py": ([(ADAMW, "[torch.zeros(2) @ torch.zeros(3)]")], "make_optimizers in cannot.py, line"),

@@ -193,8 +193,8 @@ def test_rows_packed_together_are_blind_to_each_other(make_model, examples):
     model, rows = make_model(dtype=torch.float64), examples[:3]
 
     def sums(rows) -> torch.Tensor:
-        inputs, is_think = collate(rows)
-        losses = model(**inputs)
+        micro_batch = collate(rows)
+        losses, is_think = model(**micro_batch.inputs), micro_batch.is_think
         return torch.stack([losses[is_think].sum(), losses[~is_think].sum()])
 
     losses = torch.stack([sums([row]) for row in rows])

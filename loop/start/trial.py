@@ -80,13 +80,13 @@ class LiveBytes(TorchDispatchMode):
 class WithoutForward(SFTModel):
     """Losses from which each trained parameter gets a gradient."""
 
-    def attach(self, live: LiveBytes, optimizers: list, reference: str) -> None:
-        self.live, self.optimizers, self.has_logits = live, optimizers, reference == "logits"
+    def attach(self, live: LiveBytes, reference: str) -> None:
+        self.live, self.has_logits = live, reference == "logits"
         self.kept, self.function = 0, 0.0
 
     def forward(self, input_ids, target_ids, of_logits=None, **_) -> torch.Tensor | tuple[torch.Tensor, ...]:
         gradients = sum(p.grad.nbytes for p in self.parameters() if p.grad is not None)
-        self.kept = max(self.kept, self.live.now - gradients - bytes_of_states(self.optimizers))
+        self.kept = max(self.kept, self.live.now - gradients)  # states too, of which the first step has none yet
         number = self.try_function(of_logits) if of_logits else 0
         losses, *own = Gradients.apply(1 + number, len(target_ids), *trained_of(self))
         return (losses, *own) if of_logits else losses
@@ -129,7 +129,7 @@ def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> 
         check_optimizers(optimizers, model, file)
         names = [type(optimizer).__name__ for optimizer in optimizers]
         note_peaks(optimizers)
-        model.attach(live, optimizers, method.REFERENCE)
+        model.attach(live, method.REFERENCE)
         live.seen |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         before = others_than_states(method, model, optimizers)
         try:
@@ -144,11 +144,11 @@ def try_step(meta_lm: torch.nn.Module, config: Resolved, dtype: torch.dtype) -> 
             )
             moments = 2 * sum(p.nbytes for p in trained_of(model))
             states = max(moments, bytes_of_states(optimizers))
-            return Tried(names, states, model.kept, 0, model.function, method.REFERENCE)
+            return Tried(names, states, max(0, model.kept - states), 0, model.function, method.REFERENCE)
         check_what_is_kept(before, others_than_states(method, model, optimizers), optimizers, model, file)
         states, gradients = bytes_of_states(optimizers), sum(p.nbytes for p in trained_of(model))
     update = max(0, live.peak - states - gradients)
-    return Tried(names, states, model.kept, update, model.function, method.REFERENCE)
+    return Tried(names, states, max(0, model.kept - states), update, model.function, method.REFERENCE)
 
 
 @contextmanager
