@@ -123,21 +123,25 @@ def test_a_function_gets_the_same_random_numbers_in_the_backward(make_model, exa
     assert torch.equal(torch.get_rng_state(), state)
 
 
+LOSS = "def micro_batch_loss(model, micro_batch, batch, config):\n"
+LOGITS = "    losses, _ = model(**micro_batch.inputs, of_logits=lambda logits, ids: logits)\n"
+LOGITS += "    return losses.sum(), losses\n"
+IN_PLACE = LOGITS.replace("ids: logits)", "ids: logits.div_(2)[:, 0])")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("REFERENCE = 'logit'\n", "REFERENCE is"),
-        ("", "own.py, line 4: ValueError: of_logits gave [4, 2048] for 4 targets"),
-        ("REFERENCE = 'logits'\n", "own.py, line 5: TypeError"),
+        (f"REFERENCE = 'logit'\n{LOSS}{LOGITS}", "REFERENCE is"),
+        (LOSS + LOGITS, "own.py, line 2: ValueError: of_logits gave [4, 2048] for 4 targets"),
+        (f"REFERENCE = 'logits'\n{LOSS}{LOGITS}", "own.py, line 3: TypeError"),
+        (LOSS + IN_PLACE, "own.py, line 2: ValueError: of_logits: a leaf Variable that requires grad"),
+        (f"{LOSS}    return model(**micro_batch.inputs).sum()\n", "micro_batch_loss in own.py returns (loss, losses)"),
+        (f"{LOSS}    return 2 * (model(**micro_batch.inputs),)\n", "micro_batch_loss in own.py returns (loss, losses)"),
     ],
 )
-def test_a_function_that_cannot_be_applied_is_refused_before_a_weight_is_loaded(code, message, step_file, tmp_path):
-    own = step_file(
-        f"{code}\ndef micro_batch_loss(model, micro_batch, batch, config):\n"
-        "    f = lambda logits, ids: logits\n"
-        "    losses, _ = model(**micro_batch.inputs, of_logits=f)\n    return losses.sum(), losses\n"
-    )
-    args = ["tiny", "--dataset", "sample:20", "--step-file", own, "--output-dir", tmp_path / "run"]
+def test_a_loss_that_cannot_be_trained_is_refused_before_a_weight_is_loaded(code, message, step_file, tmp_path):
+    args = ["tiny", "--dataset", "sample:20", "--step-file", step_file(code), "--output-dir", tmp_path / "run"]
     outcome = run(args, "one", "kill_in_loading()", tmp_path / "log")
     assert outcome.codes == [2] and message in outcome.output and "Traceback" not in outcome.output, outcome.output
 

@@ -18,7 +18,7 @@ from loop.record.checkpoint_writer import CheckpointWriter
 from loop.state import TrainState
 from loop.step import make_optimizers
 from model.attention import PACKED
-from model.loss import HeadLoss
+from model.head import HeadLoss
 
 # --- the cut of a step --------------------------------------------------------------------------------
 

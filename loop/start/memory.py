@@ -17,7 +17,7 @@ from data.base.errors import UserError
 from data.base.language import tr
 from loop.config import Resolved
 from loop.start.trial import Tried, try_step
-from model.loss import SMALL_CHUNK, block_size
+from model.head import SMALL_CHUNK, block_size
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying

@@ -24,7 +24,7 @@ from loop.start.memory import GIB, PROFILES, Plan, choose, count_parameters, dis
 from loop.start.show import report_table, show_example, thinking_warning
 from model.adamw_8bit import import_torchao
 from model.generate import emulates_bf16
-from model.loss import compiles
+from model.head import compiles
 
 # Compile only above this many tokens for each process; it costs some 25 s. By a model of Qwen3-1.7B's step an H100
 # needs 15 s less for each million of them.

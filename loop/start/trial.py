@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +32,8 @@ from loop.config import Resolved
 from loop.distributed import note_peaks
 from loop.start.step_file import finite, load_step_file, name_of, run_own
 from loop.state import StepMetrics
-from model.loss import SFTModel, gradient_of, results
+from model.head import gradient_of, results
+from model.loss import SFTModel
 
 # It logs a traceback of each error; the message about it is ours.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -94,10 +96,14 @@ class WithoutForward(SFTModel):
     def try_function(self, of_logits) -> int:
         """Notes the bytes that it needs for each logit; returns the number of its results."""
         before, self.live.peak = (self.live.now, self.live.peak), self.live.now
-        logits = torch.empty(4, self.causal_lm.config.vocab_size)
-        arguments = [torch.zeros(4, dtype=torch.int64), *([torch.empty_like(logits)] if self.has_logits else [])]
-        number = len(results(of_logits, logits, *arguments)) - 1
-        gradient_of(of_logits, logits, arguments, [torch.ones(4)] * (1 + number))
+        with unset_fake_temporarily():  # so little that it can have values
+            logits = torch.zeros(4, self.causal_lm.config.vocab_size)
+            arguments = [torch.zeros(4, dtype=torch.int64), *([torch.zeros_like(logits)] if self.has_logits else [])]
+            try:
+                number = len(results(of_logits, logits, *arguments)) - 1
+                gradient_of(of_logits, logits, arguments, [torch.ones(4)] * (1 + number))
+            except RuntimeError as error:
+                raise ValueError(f"of_logits: {error}") from error
         self.function = max(self.function, (self.live.peak - before[0]) / logits.numel())
         self.live.peak = before[1]
         return number
@@ -178,12 +184,23 @@ def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> 
     rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial", reference=reference) for _ in range(2)]
     batch = make_batch(rows, batch_size=1, step=step)
     finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
+    arguments = model, batch.micro_batches[0], batch, config
+    check_loss(run_own(method, "micro_batch_loss", *arguments, passes=NOT_FAKE), method)
     alone = Alone(model.live)
     metrics = run_own(method, "train_step", model, optimizers, batch, alone, 1.0, config, passes=NOT_FAKE)
     if not isinstance(metrics, StepMetrics):
         raise UserError(f"train_step in {name_of(method)} returned {type(metrics).__name__}; it returns StepMetrics")
     with run_own(method, "evaluated_weights", model, optimizers):
         pass
+
+
+def check_loss(found, method: ModuleType) -> None:
+    is_pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, torch.Tensor) for one in found)
+    if not is_pair or found[0].ndim or found[1].shape != (6,):  # the targets of the trial's row
+        raise UserError(
+            f"micro_batch_loss in {name_of(method)} returns (loss, losses): one number with its gradient, and the "
+            "cross-entropy of each target, (n,)"
+        )
 
 
 class Alone:
