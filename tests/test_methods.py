@@ -221,6 +221,21 @@ def test_all_of_it_at_once_is_the_same_under_every_launch_and_after_a_kill(more,
         assert kept.dtype == numpy.float32 and abs(kept - other).max() < 1e-5
 
 
+def test_a_layer_is_frozen_and_trained_again_on_resume(step_file, tmp_path):
+    args = ["tiny", "--dataset", "sample:20", "--max-steps", 6, "--num-samples", 0, "--save-steps", 1]
+    args += ["--save-total-limit", 9, "--output-dir", tmp_path / "run", "--resume"]
+    freezing = ["--step-file", step_file(METHODS["freezing"])]
+    for more, fault in (([], "signal_in_step(1)"), (freezing, "signal_in_step(3)"), ([], "")):
+        outcome = run([*args, *more], "one", fault, tmp_path / "log")
+        assert outcome.codes == [0], outcome.output
+    name = "causal_lm.model.layers.0.mlp.up_proj.weight"
+    at = {n: weights_and_moments(tmp_path / f"run/checkpoints/step-{n:08}") for n in (1, 2, 3, 4, 6)}
+    assert [name in at[n]["optimizer"] for n in at] == [True, True, False, False, True]
+    weights = {n: at[n]["model"][name] for n in at}
+    assert not torch.equal(weights[1], weights[2]) and not torch.equal(weights[4], weights[6])
+    assert torch.equal(weights[2], weights[3]) and torch.equal(weights[3], weights[4])
+
+
 def test_another_model_than_the_one_that_the_run_began_with_is_refused(small_folder, step_file, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(small_folder, model)

@@ -134,7 +134,9 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model, optimizers: l
         target = {"model": tensors_of(model, [])["model"], "optimizer": {}}
         for key, entry in reader.read_metadata().state_dict_metadata.items():
             if optimizers and key.startswith("optimizer."):
-                name = next(name for name in groups if key.startswith(f"optimizer.{name}."))
+                name = next((name for name in groups if key.startswith(f"optimizer.{name}.")), None)
+                if name is None:  # frozen by now
+                    continue
                 *outer, item = key.removeprefix(f"optimizer.{name}.").split(".")
                 place = target["optimizer"].setdefault(name, {})
                 for part in outer:
