@@ -127,13 +127,14 @@ def results(of_logits: Callable, logits, ids, *other) -> tuple[torch.Tensor, ...
     """(m,) cross-entropy, and what the function gives, all in at least fp32 and without autocast."""
     logits, *other = (one.to(at_least_fp32(one)) for one in (logits, *other))
     with torch.autocast(logits.device.type, enabled=False):
+        losses = cross_entropy(logits, ids)  # first: the function may write to the logits
         own = of_logits(logits, ids, *other)
         own = own if isinstance(own, (tuple, list)) else (own,)
         for one in own:
             if not isinstance(one, torch.Tensor) or one.shape != ids.shape:
                 what = list(one.shape) if isinstance(one, torch.Tensor) else type(one).__name__
                 raise ValueError(f"of_logits gave {what} for {len(ids)} targets; it gives one number for each, (m,)")
-        return cross_entropy(logits, ids), *own
+        return losses, *own
 
 
 def gradient_of(of_logits: Callable, logits, arguments: Sequence, scales: Sequence) -> torch.Tensor:
@@ -141,7 +142,7 @@ def gradient_of(of_logits: Callable, logits, arguments: Sequence, scales: Sequen
     leaf = logits.to(at_least_fp32(logits)).detach().requires_grad_()
     with torch.enable_grad():
         found = results(of_logits, leaf, *arguments)
-    used = [(one, scale) for one, scale in zip(found, scales, strict=True) if one.requires_grad]
+    used = [(one, scale) for one, scale in zip(found, scales, strict=True) if one.grad_fn is not None]
     return torch.autograd.grad([one for one, _ in used], leaf, [scale for _, scale in used])[0]
 
 

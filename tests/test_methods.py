@@ -107,6 +107,21 @@ def test_a_method_of_the_documentation_has_the_gradient_of_plain_pytorch(
         assert any("embed_tokens" in key for key in kept) and any("layers.0." in key for key in kept)
 
 
+def test_a_function_that_writes_to_the_logits_leaves_the_losses_alone(make_model, examples):
+    inputs = make_batch(examples[:2], batch_size=2).micro_batches[0].inputs
+
+    @torch.no_grad()
+    def halved(logits, ids):
+        return logits.div_(2)[:, 0]
+
+    model, gradients = make_model(), []
+    for losses in (model(**inputs), model(**inputs, of_logits=halved)[0]):
+        gradients.append(torch.autograd.grad(losses.sum(), list(model.parameters())))
+        gradients[-1] += (losses,)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_a_function_gets_the_same_random_numbers_in_the_backward(make_model, examples):
     model, seen = make_model(loss_chunk=20), []
 
@@ -137,6 +152,10 @@ IN_PLACE = LOGITS.replace("ids: logits)", "ids: logits.div_(2)[:, 0])")
         (f"REFERENCE = 'logits'\n{LOSS}{LOGITS}", "own.py, line 3: TypeError"),
         (LOSS + IN_PLACE, "own.py, line 2: ValueError: of_logits: a leaf Variable that requires grad"),
         (f"{LOSS}    return model(**micro_batch.inputs).sum()\n", "micro_batch_loss in own.py returns (loss, losses)"),
+        (
+            f"{LOSS}    losses = model(**micro_batch.inputs)\n    return losses.sum().detach(), losses\n",
+            "(loss, losses)",
+        ),
         (f"{LOSS}    return 2 * (model(**micro_batch.inputs),)\n", "micro_batch_loss in own.py returns (loss, losses)"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_recipe_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, c
 EXPECT = re.compile(r"Expect: python train.py (tiny .*): eval/loss (\S+)\.\n")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_ends_where_it_says(recipe, tmp_path):
     """On `tiny` as a reader has it, not the smaller one of the tests."""

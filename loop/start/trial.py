@@ -196,7 +196,7 @@ def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> 
 
 def check_loss(found, method: ModuleType) -> None:
     is_pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, torch.Tensor) for one in found)
-    if not is_pair or found[0].ndim or found[1].shape != (6,):  # the targets of the trial's row
+    if not is_pair or found[0].ndim or not found[0].requires_grad or found[1].shape != (6,):  # targets of the row
         raise UserError(
             f"micro_batch_loss in {name_of(method)} returns (loss, losses): one number with its gradient, and the "
             "cross-entropy of each target, (n,)"
