@@ -73,6 +73,13 @@ ANSWERS = dict(
 )
 
 
+class HostGenerator(torch.Generator):
+    """In the place of one of the device, whose numbers nobody draws."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 class Recorder(TorchDispatchMode):
     """Bytes of live storages on the device and their peak, launches by name, waits, and what makes float64."""
 
@@ -211,6 +218,7 @@ def main(cases: list[dict]) -> None:
         mock.patch.multiple(torch.cuda, **ANSWERS),
         mock.patch.object(FakeTensorMode, "avoid_device_init", True),
         mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(torch, "Generator", HostGenerator),
         mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module),  # all is made where it belongs
     ):
         for case in cases:
