@@ -31,11 +31,6 @@ from model.loss import Reference
 ROWS = 512  # whose losses are gathered at a time
 
 
-def reference_type(config: Resolved) -> torch.dtype:
-    """Of a copy's weights: bf16 if products are in bf16, which would round them anyway."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else getattr(torch, config.weights)
-
-
 def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator: Accelerator) -> None:
     """Gives the model, or the training rows, what REFERENCE asks for. All ranks, with the weights of config.model.
 
@@ -72,8 +67,9 @@ def check_same_model(folder: Path, bits: int, config: Resolved) -> None:
 
 @torch.no_grad()
 def copy_of(causal_lm, config: Resolved) -> Reference:
-    """On the same device, and sharded if the model is."""
-    first, dtype, made = next(causal_lm.parameters()), reference_type(config), {}
+    """On the same device, and sharded if the model is; in bf16 if products are, which would round it anyway."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else getattr(torch, config.weights)
+    first, made = next(causal_lm.parameters()), {}
     is_sharded = isinstance(first, DTensor)
     with torch.device("meta"):
         copy = AutoModelForCausalLM.from_config(causal_lm.config, attn_implementation=PACKED, dtype=dtype).eval()

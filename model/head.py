@@ -74,12 +74,11 @@ class HeadFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, chunk: int, of_logits: Callable, *other):
-        """other: the reference's hidden (n, hidden_size) and weight."""
+        """other: the reference's hidden (n, hidden_size), and its weight if that is not the same."""
         ctx.chunk, ctx.of_logits, ctx.dtype = chunk, of_logits, type_of_products(weight)
         ctx.numbers = random_states(hidden.device)
-        ctx.is_shared = bool(other) and other[1] is weight  # under LoRA
         ctx.save_for_backward(hidden, weight, target_ids, *other)
-        halves = heads_of(ctx, weight, *other)
+        halves = [one.to(ctx.dtype) for one in (weight, *other[1:])]
         found = [
             results(of_logits, *block)
             for _, _, parts in logits_of(chunk, halves, hidden, target_ids, other[:1])
@@ -91,14 +90,14 @@ class HeadFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         hidden, weight, target_ids, *other = ctx.saved_tensors
-        halves = heads_of(ctx, weight, *other)
+        halves = [one.to(ctx.dtype) for one in (weight, *other[1:])]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight)) if ctx.needs_input_grad[1] else None
         places = iter(grad_hidden.split(ctx.chunk))
         with same_numbers(ctx.numbers, hidden.device):
             for rows, logits, parts in logits_of(ctx.chunk, halves, hidden, target_ids, other[:1], *grads):
                 for block, *more in parts:
-                    arguments, scales = more[: len(halves)], more[len(halves) :]
+                    arguments, scales = more[: -len(grads)], more[-len(grads) :]
                     block.copy_(gradient_of(ctx.of_logits, block, arguments, scales))
                 add_products(logits, rows, halves[0], next(places), grad_weight)
         if grad_weight is not None:
@@ -106,18 +105,12 @@ class HeadFunction(torch.autograd.Function):
         return grad_hidden, grad_weight, *[None] * (3 + len(other))
 
 
-def heads_of(ctx, weight: torch.Tensor, *other) -> list[torch.Tensor]:
-    """The head, and the reference's, in the type of products."""
-    half = weight.to(ctx.dtype)
-    return [half, *([half] if ctx.is_shared else [one.to(ctx.dtype) for one in other[1:]])]
-
-
 def logits_of(chunk: int, halves: list[torch.Tensor], hidden, target_ids, other: Sequence, *more):
     """Of each chunk: its hidden states, its logits, and its blocks of (logits, ids, the reference's logits, *more)."""
     for rows, *parts in zip(*(t.split(chunk) for t in (hidden, *other, target_ids, *more)), strict=True):
         rows = rows.to(halves[0].dtype)
         logits = rows @ halves[0].T
-        theirs = [parts.pop(0).to(half.dtype) @ half.T for half in halves[1:]]
+        theirs = [parts.pop(0).to(rows.dtype) @ halves[-1].T for _ in other]
         ids, *parts = parts
         yield rows, logits, blocks(logits, ids, *theirs, *parts, size=block_size(logits.device.type, logits.shape[1]))
         del logits, theirs  # before those of the next chunk

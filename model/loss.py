@@ -41,6 +41,7 @@ class SFTModel(nn.Module):
         if of_logits and self.reference:
             weight = self.causal_lm.lm_head.weight
             other = self.reference[0](input_ids, target_positions, rows, weight.dtype)
+            other = other[:1] if other[1] is weight else other  # under LoRA there is one head
         hidden = self.causal_lm.model(input_ids=input_ids, use_cache=False, **rows).last_hidden_state[0]
         # The head runs only on positions with a target.
         head = hidden[target_positions], self.causal_lm.lm_head.weight, target_ids

@@ -11,9 +11,9 @@ from conftest import ROOT, peaks, settings
 from data.base.errors import UserError
 from data.batches import make_batch
 from loop.reference import copy_of
+from loop.start.checks import check_optimizers
 from loop.start.memory import PROFILES
 from loop.start.step_file import load_step_file
-from loop.start.trial import check_optimizers
 from loop.step import forward_backward as plain_gradient
 from loop.step import train_step as plain_step
 from model.lora import add_lora

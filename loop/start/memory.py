@@ -205,7 +205,8 @@ def phases_of_a_step(
     trained, _ = count_parameters(causal_lm)
     # Layers below the first trained parameter keep nothing; frozen ones above it keep about what LoRA keeps.
     reached = layers if causal_lm.model.embed_tokens.weight.requires_grad else [*itertools.dropwhile(is_frozen, layers)]
-    in_layers = sum(parameter.numel() for layer in reached for parameter in layer.parameters())
+    in_reached = sum(parameter.numel() for layer in reached for parameter in layer.parameters())
+    in_layers = sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
     tables = [KEPT_BY_LORA[compiled] if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
     by_layer = [tokens * kept_in_layer(c, table) for table in tables]
     layer = max(by_layer, default=0)
@@ -215,7 +216,7 @@ def phases_of_a_step(
     head = c.vocab_size * c.hidden_size
     head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
     embedding_gradient = width * head * several * causal_lm.model.embed_tokens.weight.requires_grad
-    copies = half * in_layers * (half < width and not checkpointing)
+    copies = half * in_reached * (half < width and not checkpointing)
     return [
         {
             "gradients": gradients * several,
@@ -231,7 +232,7 @@ def phases_of_a_step(
             "bf16 copies of the weights": copies,
         },
         {  # of the first
-            "gradients": gradients * several or trained_in(layers) * width / shards,
+            "gradients": gradients * several or in_layers * width / shards,
             "activations": 1.5 * layer,
             "the head's gradient": head_gradient,
         },
@@ -240,10 +241,6 @@ def phases_of_a_step(
             "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
         },
     ]
-
-
-def trained_in(layers: Iterable[torch.nn.Module]) -> int:
-    return sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
 
 def is_frozen(layer: torch.nn.Module) -> bool:
