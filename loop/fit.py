@@ -49,7 +49,7 @@ def fit(config: TrainConfig) -> bool:
 
     model = build_model(config, data.tokenizer, accelerator)
     model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
-    add_reference(method.REFERENCE, model, data.train, config, accelerator)
+    add_reference(method.REFERENCE, model, data.train, config, accelerator, is_new=run.checkpoint is None)
     if run.checkpoint:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])
         say(tr("resumed from {}", run.checkpoint))

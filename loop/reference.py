@@ -31,17 +31,18 @@ from model.loss import Reference
 ROWS = 512  # whose losses are gathered at a time
 
 
-def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator: Accelerator) -> None:
+def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator: Accelerator, is_new: bool) -> None:
     """Gives the model, or the training rows, what REFERENCE asks for. All ranks, with the weights of config.model.
+    is_new: the run begins, so what another one left in its folder is not its own.
 
-    Raises UserError if these are not those that the run began with.
+    Raises UserError if the weights are not those that the run began with.
     """
     if not kind:
         return
     folder, sft_model = Path(config.output_dir) / "data", accelerator.unwrap_model(model)
     bits = sum(sums_of_bits(p for name, p in sft_model.named_parameters() if ".lora_" not in name))
     bits = sum(gather(bits)) if accelerator.is_fsdp2 else bits
-    on_main_process(lambda: check_same_model(folder, bits, config))
+    on_main_process(lambda: check_same_model(folder, bits, config, is_new))
     if kind == "logits":
         causal_lm = sft_model.causal_lm
         sft_model.reference = (Reference(causal_lm) if config.lora_rank else copy_of(causal_lm, config),)
@@ -53,9 +54,11 @@ def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator
         rows.reference = numpy.load(path, mmap_mode="r")
 
 
-def check_same_model(folder: Path, bits: int, config: Resolved) -> None:
+def check_same_model(folder: Path, bits: int, config: Resolved, is_new: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "reference.json"
+    for old in (path, folder / "reference.npy") if is_new else ():
+        old.unlink(missing_ok=True)
     now = {"sum_of_bits": bits, "weights": config.weights}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
         raise UserError(

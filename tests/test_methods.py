@@ -273,6 +273,8 @@ def test_another_model_than_the_one_that_the_run_began_with_is_refused(small_fol
         0,
     ]
     args += ["--save-steps", 1, "--output-dir", tmp_path / "run", "--resume"]
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/reference.json").write_text("{}")  # of a run that never began
     assert run(args, "one", "signal_in_step(1)", tmp_path / "log").codes == [0]
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] += 1
