@@ -20,7 +20,6 @@ CASES = {
         {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16, "layers": 7},
         {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/sam.py", "layers": 7},
         {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py", "layers": 7},
-        {"memory": "24g", "lengths": LENGTHS, "step_file": "recipes/kl.py", "layers": 7},
     ],
     "small cards": [
         {"memory": "32g", "lengths": LENGTHS},
@@ -28,7 +27,6 @@ CASES = {
         {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
         {"memory": "32g", "lengths": LENGTHS, "shape": "4b", "tied": False, "layers": 7},
         {"memory": "32g", "lengths": LENGTHS, "step_file": "recipes/kl.py", "lora_rank": 16, "layers": 7},
-        {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/freeze.py", "layers": 7},
     ],
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
