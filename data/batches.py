@@ -35,7 +35,7 @@ class MicroBatch(NamedTuple):
     def by_row(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) -> (N,): the sums of each row, in the same order on any device."""
         parts = [part.sum() for part in values.split(self.num_targets)]
-        return torch.stack(parts) if parts else values.new_zeros(0)
+        return torch.stack(parts) if parts else values  # with its gradient, which a rank without targets needs too
 
 
 class Batch(NamedTuple):
@@ -127,7 +127,8 @@ def rank_rows(
     """
     rows = list(rows)
     packed = [pack(share, batch_size, micro_batch_tokens) for share in share_out(rows, world_size)]
-    without_targets = [Example(rows[0].input_ids[:2], 2, 2, rows[0].location)]
+    none = None if rows[0].reference is None else rows[0].reference[:0]
+    without_targets = [Example(rows[0].input_ids[:2], 2, 2, rows[0].location, reference=none)]
     return packed[rank] + [without_targets] * (max(map(len, packed)) - len(packed[rank]))
 
 
@@ -189,7 +190,7 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
         "target_positions": torch.cat(positions),
         "target_ids": torch.cat(target_ids).long(),
     }
-    references = [row.reference for row in trained if row.reference is not None]
+    references = [row.reference for row in rows if row.reference is not None]
     return MicroBatch(
         inputs,
         is_think=torch.cat([torch.arange(row.num_targets) < row.num_think_targets for row in rows]),

@@ -2,6 +2,7 @@
 killed and resumed."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -107,6 +108,25 @@ def test_a_method_of_the_documentation_has_the_gradient_of_plain_pytorch(
         assert any("embed_tokens" in key for key in kept) and any("layers.0." in key for key in kept)
 
 
+@pytest.mark.parametrize("name", ["kl", "rho", "eaft", "dft", "label_smoothing", *NAMES])
+def test_a_rank_without_rows_adds_nothing(name, make_model, examples, accelerator, step_file):
+    """Three rows on two ranks: the last micro-batch of one has no target, and every parameter a gradient."""
+    own = step_file(METHODS[name]) if name in METHODS else ROOT / f"recipes/{name}.py"
+    method, model = load_step_file(str(own)), make_model()
+    rows = [dataclasses.replace(row, reference=torch.ones(row.num_targets)) for row in examples[:3]]
+    if method.REFERENCE == "logits":
+        model.reference = (copy_of(model.causal_lm, Resolved(mixed_precision="no")),)
+    method.make_optimizers(model, settings())
+    both = [make_batch(rows, batch_size=1, rank=rank, world_size=2) for rank in range(2)]
+    (batch,) = [one for one in both if not one.micro_batches[-1].rows]
+    empty = batch.micro_batches[-1]
+    assert len(batch.micro_batches) == 2 and len(empty.row) == len(empty.reference) == 0
+    loss, losses = method.micro_batch_loss(model, empty, batch, settings())
+    loss.backward()
+    assert loss == 0 and len(losses) == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad)
+
+
 def test_a_function_that_writes_to_the_logits_leaves_the_losses_alone(make_model, examples):
     inputs = make_batch(examples[:2], batch_size=2).micro_batches[0].inputs
 
@@ -209,6 +229,7 @@ def test_all_of_it_at_once_is_the_same_under_every_launch_and_after_a_kill(more,
     args = ["tiny", "--dataset", rows, "--max-steps", 8, "--val-fraction", 0.3, "--eval-steps", 4, "--save-steps", 3]
     args += ["--logging-steps", 2, "--max-length", 192, "--num-samples", 0, "--learning-rate", 1e-3, "--resume", *more]
     args += ["--step-file", step_file(EVERYTHING), "--answer-weight", 2, "--early-stopping-patience", 0]
+    args += ["--micro-batch-tokens", 0]  # a row each, so a rank short of rows has a micro-batch without targets
     curves = {}
     for strategy in strategies:
         own = [*args, "--gradient-accumulation-steps", 4 if strategy == "one" else 2, "--output-dir"]
