@@ -52,7 +52,7 @@ def train(folder: Path, name: str, seed: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), *COMMON, *METHODS[name], "--output-dir", str(out)]
     command += ["--seed", str(seed), "--split-seed", str(seed)]
-    with out.with_suffix(".log").open("a") as log:
+    with out.with_name(f"{out.name}.log").open("a") as log:
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     print(f"{out.name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", file=sys.stderr, flush=True)
 
