@@ -18,6 +18,7 @@ from loop.record.checkpoint_writer import CheckpointWriter
 from loop.record.interrupt import Interrupt, Stopped
 from loop.reference import add_reference
 from loop.run import Run
+from loop.start.memory import Plan
 from loop.start.resolve import resolve
 from loop.start.step_file import finite, load_step_file
 from model.lora import add_lora
@@ -33,15 +34,13 @@ def fit(config: TrainConfig) -> bool:
     disable_progress_bar()  # of loading and saving weights
     method = load_step_file(config.step_file, config.step_set)
     accelerator = make_accelerator(config)
-    device = accelerator.device
     data = read_data(config, accelerator)
     meta_lm = make_meta_lm(config, data.tokenizer)
     config, plan = resolve(config, data, meta_lm, accelerator)
-    about = about_model(meta_lm) | {"optimizers": plan.optimizers}
     evaluation = Evaluation(data, config, accelerator, method)
     if config.dry_run:
         return False
-    run = Run(config, data, plan, evaluation, about, accelerator)
+    run = Run(config, data, plan, evaluation, about_model(meta_lm, plan), accelerator)
     state = run.state
     if run.is_finished:
         say(tr("this run is finished: {}", run.summary(state.best_step, state.best_loss)))
@@ -55,7 +54,7 @@ def fit(config: TrainConfig) -> bool:
         say(tr("resumed from {}", run.checkpoint))
     start, root = (state.step, state.last_eval), run.folder / "checkpoints"
     with run, Interrupt(run.folder, config.max_time) as interrupt:
-        with CheckpointWriter(root, config.save_total_limit, device) as checkpoints:
+        with CheckpointWriter(root, config.save_total_limit, accelerator.device) as checkpoints:
             while True:
                 # --- evaluate: before the first step, every eval_steps, after the last one ---
                 if run.due(config.eval_steps) and state.last_eval != state.step:
@@ -77,7 +76,7 @@ def fit(config: TrainConfig) -> bool:
 
                 # --- one optimizer step; its randomness is a function of (seed, step, rank) ---
                 seed_step(config.seed, state.step, accelerator.process_index)
-                batch = to_device(data.batch(state.step, config), device)
+                batch = to_device(data.batch(state.step, config), accelerator.device)
                 multiplier = finite(method.lr_multiplier(state.step, config.max_steps, config), method)
                 metrics = method.train_step(model, optimizers, batch, accelerator, multiplier, config)
                 run.stepped(metrics, batch, optimizers)
@@ -107,9 +106,10 @@ def make_meta_lm(config: TrainConfig, tokenizer):
     return meta_lm
 
 
-def about_model(meta_lm) -> dict:
+def about_model(meta_lm, plan: Plan) -> dict:
     trainable = sum(parameter.numel() for parameter in meta_lm.parameters() if parameter.requires_grad)
-    return {"num_parameters": meta_lm.num_parameters(), "num_trainable_parameters": trainable}
+    counts = {"num_parameters": meta_lm.num_parameters(), "num_trainable_parameters": trainable}
+    return counts | {"optimizers": plan.optimizers}
 
 
 def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTModel:

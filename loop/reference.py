@@ -62,8 +62,8 @@ def check_same_model(folder: Path, bits: int, config: Resolved, is_new: bool) ->
     now = {"sum_of_bits": bits, "weights": config.weights}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
         raise UserError(
-            f"{config.model} has not the weights that this run began with, and the REFERENCE of {config.step_file} is "
-            "made of them; --model names the model as it was"
+            f"{config.model} does not have the weights that this run began with, and the REFERENCE of "
+            f"{config.step_file} is made of them; --model names the model as it was"
         )
     write_json(path, now)
 

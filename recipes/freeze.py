@@ -1,7 +1,7 @@
 """Freeze: the embeddings and the lower SHARE of the layers stay as they are; a tied head stays with the embeddings.
 
 Paper: Lee et al., arXiv:1911.03090 (how many layers of a pretrained model have to be trained).
-Cost: less than none: no gradient, no moments and no activations of what is frozen.
+Cost: none. What is frozen needs no gradient, no moments and no activations.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/freeze.py: eval/loss 7.098.
 """
 

@@ -1,4 +1,4 @@
-"""What a step file must give, and what a step must not keep, because no checkpoint holds it."""
+"""What a step file must give, and what its step must not keep because no checkpoint holds it."""
 
 import math
 from types import ModuleType

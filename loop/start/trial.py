@@ -94,7 +94,7 @@ class WithoutForward(SFTModel):
     def try_function(self, of_logits) -> int:
         """Notes the bytes that it needs for each logit; returns the number of its results."""
         before, self.live.peak = (self.live.now, self.live.peak), self.live.now
-        with unset_fake_temporarily():  # so little that it can have values
+        with unset_fake_temporarily():  # small enough to have values
             logits = torch.zeros(4, self.causal_lm.config.vocab_size)
             arguments = [torch.zeros(4, dtype=torch.int64), *([torch.zeros_like(logits)] if self.has_logits else [])]
             try:
