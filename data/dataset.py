@@ -5,6 +5,7 @@ import dataclasses
 from data.batches import Batch, step_batch, steps_per_epoch
 from data.encode import Example
 from data.encoded import Encoded, encode_split
+from data.replies import read_replies
 from data.split import Split, load_split
 
 
@@ -18,6 +19,7 @@ class Data:
     val: list[Example]
     rank: int
     world_size: int
+    replies: list[Example] = dataclasses.field(default_factory=list)  # of the model before training
 
     def rows_per_step(self, config) -> int:
         return config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world_size
@@ -44,4 +46,4 @@ def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:
     split = load_split(config)
     tokenizer = make_tokenizer(split.texts())
     train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
-    return Data(split, tokenizer, train, val, rank, world_size)
+    return Data(split, tokenizer, train, val, rank, world_size, read_replies(config.forget, tokenizer))

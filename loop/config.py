@@ -118,6 +118,10 @@ class TrainConfig:
     # An evaluation counts as better only by more than this.
     early_stopping_min_delta: float = may_change(0.0)
 
+    # Files of `tools.replay --sample`: replies of the model before training. Their loss shows at each evaluation how
+    # much the model has forgotten.
+    forget: tuple[str, ...] = may_change(())
+
     # Validation questions that the model answers at each evaluation (and up to 32 that the best one answers at the
     # end); 0 turns it off.
     num_samples: int = may_change(3)

@@ -1,4 +1,5 @@
-"""What an evaluation measures: the loss, what the thinking is worth, an exam, and what a step file brings.
+"""What an evaluation measures: the loss, what the thinking is worth, an exam, what is forgotten, and what a step file
+brings.
 
 Each measure says which rows it wants and what it makes of their table of losses; all of them are computed in one pass.
 """
@@ -51,6 +52,9 @@ class Evaluation:
             self.measures.append(Measure("eval/loss", "groups", data.val, lambda table: by_label(table, labels)))
         if config.think_probe:
             self.measures += think_probe(data, config.max_length)
+        self.before: list[Scored] = []  # of the replies, before the first step
+        if data.replies:
+            self.measures.append(Measure("forget", "forgetting", data.replies, self.forgotten))
         if data.split.exam:
             self.measures.append(letter_exam(data, config))
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
@@ -76,6 +80,17 @@ class Evaluation:
             figures |= {measure.name: found} if is_one else {f"{measure.name}/{key}": found[key] for key in found}
         return figures, val
 
+    def forgotten(self, table: list[Scored]) -> dict[str, float]:
+        """How much the loss on replies of the model before training rose, and the standard error. They were drawn from
+        that model, so this is an estimate of KL(before || now) for a token, in nats, which forgetting follows (Shenfeld
+        et al. 2025, arXiv:2509.04259)."""
+        self.before = self.before or table
+        kl, error = rise_of(self.before, table, {"reply": 1.0})
+        files = sorted({line.row.rpartition(":")[0] for line in table})
+        each = {name: [line for line in table if line.row.startswith(f"{name}:")] for name in files if len(files) > 1}
+        by_file = {f"kl/{name}": rise_of(self.before, each[name], {"reply": 1.0})[0] for name in each}
+        return {"kl": kl, "kl_error": error, **by_file}
+
     def figures_of(self, measure: Measure, table: list[Scored]) -> float | dict[str, float]:
         """Raises UserError if a step file's own gives no number."""
         if measure not in self.own:
@@ -92,7 +107,7 @@ class Evaluation:
 def check_measures(own: list[Measure], config: TrainConfig, method: ModuleType) -> None:
     where = f"evaluators in {name_of(method)}"
     taken = {"eval/best_loss", *(f"eval/{name}" for name in losses([]))}
-    others = ("train", "perf", "memory", "format", "best_format", "think_probe", "exam")
+    others = ("train", "perf", "memory", "format", "best_format", "think_probe", "exam", "forget")
     if not isinstance(own, list) or not all(isinstance(measure, Measure) for measure in own):
         raise UserError(f"{where} returns a list of loop.evaluate.Measure")
     for measure in own:

@@ -61,7 +61,7 @@ class Run:
         """about: num_parameters, and the class names of the optimizers. Raises UserError if the folder holds another
         run, or is not the same for all processes."""
         self.config, self.data, self.plan, self.accelerator = config, data, plan, accelerator
-        self.step_file = evaluation.method
+        self.step_file, self.evaluation = evaluation.method, evaluation
         self.folder, self.best = Path(config.output_dir), Path(config.output_dir) / "best"
         self.info = dataclasses.asdict(config) | {
             "rows_per_step": data.rows_per_step(config),
@@ -72,6 +72,8 @@ class Run:
             "measures": {one.name: [one.title, one.higher_is_better] for one in evaluation.own},
             **{f"{name}_version": version(name) for name in ("torch", "transformers", "accelerate", "swanlab")},
         }
+        if data.replies:
+            self.info["forget_rows"] = f"{len(data.replies):,} with sha256 {digest(data.replies)}"
         device = accelerator.device
         self.launch = about | {
             "world_size": accelerator.num_processes,
@@ -81,6 +83,7 @@ class Run:
         self.checkpoint, self.state, self.newer, more = on_main_process(self.open)
         check_shared(self.folder)
         self.info |= more
+        evaluation.before = [Scored(*line) for line in self.state.before]
 
     def open(self) -> tuple[Path | None, TrainState, tuple[int, float] | None, dict]:
         """The checkpoint to go on from, its state, a best/ that is newer, and the step files and launches so far. Main
@@ -156,6 +159,7 @@ class Run:
                 f"evaluation gives; there are {', '.join(row)}"
             )
         loss = row[self.info["metric_for_best_model"]]
+        self.state.before = [list(line) for line in self.evaluation.before]
         state, is_best = self.state, self.state.is_better(loss)
         seconds = self.progress.take_trained() * self.config.sample_budget or math.inf
         rates = self.samples.answer(model, self.accelerator, state.step, interrupt, seconds)

@@ -127,16 +127,40 @@ def reply_to(
     A prompt that fills the model's context gets an empty reply. generate: causal_lm's own, or a function that
     gathers the weights first. should_stop: asked after each token; True cuts the replies off.
     """
+    options = {
+        "do_sample": False,
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+        "stopping_criteria": [lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
+    }
+    ends = end_tokens(causal_lm)
+    replies = generate_ids(causal_lm, tokenizer, prompts, max_new_tokens, generate, **options)
+    return [
+        split_reply(ids, tokenizer, ends, prompt) if ids else Reply("", "", closed=False, stopped=False)
+        for prompt, (_, ids) in zip(prompts, replies, strict=True)
+    ]
+
+
+@torch.no_grad()
+def generate_ids(
+    causal_lm, tokenizer, prompts: list[str], max_new_tokens: int, generate: Callable | None = None, **options
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, reply) of each, as token ids; a reply ends with its end token, if it got so far. One whose prompt fills
+    the model's context is empty. options: keywords of `generate`."""
     if len(prompts) > BATCH:
         batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-        replies = [reply_to(causal_lm, tokenizer, batch, max_new_tokens, generate, should_stop) for batch in batches]
-        return [reply for batch in replies for reply in batch]
+        return [
+            pair
+            for batch in batches
+            for pair in generate_ids(causal_lm, tokenizer, batch, max_new_tokens, generate, **options)
+        ]
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    limit = causal_lm.config.max_position_embeddings
+    limit, ends = causal_lm.config.max_position_embeddings, end_tokens(causal_lm)
     fitting = [index for index, row in enumerate(rows) if len(row) < limit]
-    replies = [Reply("", "", closed=False, stopped=False)] * len(prompts)
+    found = [(row, []) for row in rows]
     if not fitting:
-        return replies
+        return found
     # Padded by `pad`: the tokenizer itself would remember that it padded, and be exported so.
     inputs = {"input_ids": [rows[index] for index in fitting]}
     inputs = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(causal_lm.device)
@@ -145,15 +169,12 @@ def reply_to(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=min(max_new_tokens, limit - length),
-        do_sample=False,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
+        **options,
     )
     for index, ids in zip(fitting, output[:, length:].tolist(), strict=True):
-        replies[index] = split_reply(ids, tokenizer, end_tokens(causal_lm), prompts[index])
-    return replies
+        end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        found[index] = rows[index], ids[: end + 1]
+    return found
 
 
 def end_tokens(causal_lm) -> list[int]:

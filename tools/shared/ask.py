@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from data.base.console import warn
 from data.base.errors import UserError, cannot_import, one_line
@@ -23,7 +24,7 @@ from data.reading.texts import split_thinking
 from data.template import generation_prompt
 from loop.config import TrainConfig
 from loop.record.run_folder import read_run
-from model.generate import Reply, chat_tokenizer, ready_to_generate, reply_to
+from model.generate import Reply, chat_tokenizer, generate_ids, ready_to_generate, reply_to
 from model.loss import SFTModel
 from tools.shared.runs import read_rows, read_side
 
@@ -44,15 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with a file that was cut off")
 
 
-def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
-    """The rows that args name, each question once, and the settings of their run; of rows without a run these have no
-    `dataset`. Fills in args.model and args.out. name: of the file in a run's folder. Raises UserError."""
+def read_source(args: argparse.Namespace, name: str, side: str = "train") -> tuple[list[Row], dict]:
+    """The rows that args name (of a run those of one side), each question once, and the settings of their run; of rows
+    without a run these have no `dataset`. Fills in args.model and args.out. name: of the file in a run's folder.
+    Raises UserError."""
     folder = Path(args.rows)
     is_run = (folder / "run.json").is_file()
     run = read_run(folder) if is_run else {"system_prompt": TrainConfig.system_prompt, "max_length": 2048, "seed": 0}
-    rows = (
-        read_side(folder, "train") if is_run else read_rows(args.rows, run["system_prompt"], read_given(args.columns))
-    )
+    rows = read_side(folder, side) if is_run else read_rows(args.rows, run["system_prompt"], read_given(args.columns))
     args.model = args.model or run.get("model")
     args.out = args.out or (folder / name if is_run else None)
     if is_run and args.columns:
@@ -60,7 +60,7 @@ def read_source(args: argparse.Namespace, name: str) -> tuple[list[Row], dict]:
     if not args.model or not args.out:
         raise UserError(f"{args.rows} is no run: name the model with --model and a file with --out")
     if not rows:
-        raise UserError(f"{args.rows} has no training rows")
+        raise UserError(f"{args.rows} has no rows to ask")
     if args.out.exists() and not args.resume:
         raise UserError(f"{args.out} exists already; --resume goes on with it, --out names another file")
     if (args.url is None) != (args.url_model is None):
@@ -77,8 +77,8 @@ class Local:
     """A model of this process."""
 
     def __init__(self, name: str, model: SFTModel, tokenizer):
-        """tokenizer: that of training, for `tiny`; others are asked in their own form, which may have no thinking."""
-        self.causal_lm = model.causal_lm
+        """tokenizer: that of training. `ask` takes the model's own form, which may have no thinking, if it has one."""
+        self.causal_lm, self.trained = model.causal_lm, tokenizer
         self.tokenizer = tokenizer if name == "tiny" else chat_tokenizer(name)
 
     def ask(
@@ -98,6 +98,21 @@ class Local:
                 max_new_tokens,
                 generate=lambda **inputs: self.causal_lm.generate(**(inputs | sampling)),
             )
+
+    def sample(self, dialogues: list[list[dict]], max_new_tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt, reply) of each as token ids, in the form that is trained. Drawn from the model's own probabilities:
+        temperature 1, nothing cut off or held down by its generation_config."""
+        torch.manual_seed(seed)
+        own = self.causal_lm.generation_config
+        plain = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        prompts = [generation_prompt(dialogue, self.trained) for dialogue in dialogues]
+        try:
+            self.causal_lm.generation_config = plain
+            with ready_to_generate(self.causal_lm):
+                return generate_ids(self.causal_lm, self.trained, prompts, max_new_tokens, do_sample=True,
+                                    temperature=1.0, top_k=0, top_p=1.0)  # fmt: skip
+        finally:
+            self.causal_lm.generation_config = own
 
 
 class Endpoint:

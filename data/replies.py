@@ -1,0 +1,48 @@
+"""Replies that a model wrote before it was trained, token for token: what it forgets is measured on them."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from data.base.errors import UserError
+from data.encode import Example
+
+
+def reply_row(dialogue: list[dict], prompt: list[int], reply: list[int], tokenizer) -> dict:
+    """A line of such a file. prompt, reply: token ids; the texts are there to be read, and to tell the tokenizer."""
+    said = {"role": "assistant", "content": tokenizer.decode(reply)}
+    return {"messages": [*dialogue, said], "input_ids": [*prompt, *reply], "prompt_length": len(prompt)}
+
+
+def read_replies(paths: tuple[str, ...], tokenizer) -> list[Example]:
+    """One Example for each reply, with one part, `reply`. Raises UserError if a file has something else, or was written
+    with another tokenizer."""
+    rows, names = [], [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError("--forget has two files of one name, which would be one figure")
+    for path in map(Path, paths):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --forget {path}: {error}") from None
+        for number, line in enumerate(lines, start=1):
+            place = f"{path.stem}:{number}"
+            try:
+                row = json.loads(line)
+                ids, length, text = row["input_ids"], row["prompt_length"], row["messages"][-1]["content"]
+                is_whole = 0 < length < len(ids) and all(isinstance(one, int) and one >= 0 for one in ids)
+            except (ValueError, LookupError, TypeError):
+                is_whole = False
+            if not is_whole:
+                raise UserError(f"--forget {path}, line {number}: not a reply that tools.replay --sample wrote")
+            if tokenizer.decode(ids[length:]) != text:
+                raise UserError(
+                    f"--forget {path}, line {number}: its tokens are another text here, so it was written by a model "
+                    "with another tokenizer; make it with tools.replay --sample and this model"
+                )
+            part = ("reply", 0, len(ids) - length)
+            rows.append(Example(torch.tensor(ids), length, length, place, own_parts=(part,)))
+        if not lines:
+            raise UserError(f"--forget {path} has no replies")
+    return rows
