@@ -23,7 +23,7 @@ def read_replies(paths: tuple[str, ...], tokenizer) -> list[Example]:
         raise UserError("--forget has two files of one name, which would be one figure")
     for path in map(Path, paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").strip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --forget {path}: {error}") from None
         for number, line in enumerate(lines, start=1):
@@ -43,6 +43,4 @@ def read_replies(paths: tuple[str, ...], tokenizer) -> list[Example]:
                 )
             part = ("reply", 0, len(ids) - length)
             rows.append(Example(torch.tensor(ids), length, length, place, own_parts=(part,)))
-        if not lines:
-            raise UserError(f"--forget {path} has no replies")
     return rows

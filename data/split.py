@@ -188,12 +188,15 @@ def make_report(
 
 def split_files(split: Split) -> dict[str, Iterable[str]]:
     """Name -> lines: train.jsonl, val.jsonl (columns as read), *_format.jsonl, data_report.json; test.jsonl if there is
-    a test split."""
+    a test split; exam.jsonl, the subject and number of choices of each question, if there is an exam."""
     files = {"data_report.json": [json.dumps(split.report, ensure_ascii=False, indent=2) + "\n"]}
     for name, rows in (("train", split.train), ("val", split.val), ("test", split.test)):
         if rows or name != "test":
             files[f"{name}.jsonl"] = to_jsonl(row.columns for row in rows)
             files[f"{name}_format.jsonl"] = to_jsonl(line for row in rows for line in to_format(row))
+    if split.exam:
+        asked = ({"subject": one.subject, "choices": len(one.choices)} for one in split.exam.questions)
+        files["exam.jsonl"] = to_jsonl(asked)
     return files
 
 

@@ -53,10 +53,11 @@ class Evaluation:
         if config.think_probe:
             self.measures += think_probe(data, config.max_length)
         self.before: list[Scored] = []  # of the replies, before the first step
+        self.right: list[bool] = []  # which questions of the exam, if this evaluation asked them
         if data.replies:
             self.measures.append(Measure("forget", "forgetting", data.replies, self.forgotten))
         if data.split.exam:
-            self.measures.append(letter_exam(data, config))
+            self.measures.append(self.letter_exam(data))
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
         check_measures(self.own, config, method)
         self.measures += self.own
@@ -71,7 +72,7 @@ class Evaluation:
         due = [one for one in self.measures if is_last or step % (one.every or self.config.eval_steps) == 0]
         rows = [row for measure in due for row in measure.rows]
         table = iter(score(model, rows, self.accelerator, check, self.config.per_device_eval_batch_size))
-        figures, val = {}, None
+        figures, val, self.right = {}, None, []
         for measure in due:
             part = [*itertools.islice(table, sum(len(row.parts) for row in measure.rows))]
             val = part if val is None else val
@@ -90,6 +91,20 @@ class Evaluation:
         each = {name: [line for line in table if line.row.startswith(f"{name}:")] for name in files if len(files) > 1}
         by_file = {f"kl/{name}": rise_of(self.before, each[name], {"reply": 1.0})[0] for name in each}
         return {"kl": kl, "kl_error": error, **by_file}
+
+    def letter_exam(self, data: Data) -> Measure:
+        """An exam by the likelihood of the letter after a closed block of thinking."""
+        exam = data.split.exam
+        say(tr("exam: {}", exam))
+        prompts = exam_prompts(exam.questions, data.tokenizer, self.config.system_prompt)
+
+        def of(table: list[Scored]) -> dict[str, float]:
+            self.right = is_right(exam.questions, table)
+            number = len(self.right)
+            return {"accuracy": sum(self.right) / number, "questions": number, "guessing": exam.guessing}
+
+        rows = exam_rows(prompts, data.tokenizer)
+        return Measure("exam", "exam accuracy", rows, of, every=self.config.exam_steps, higher_is_better=True)
 
     def figures_of(self, measure: Measure, table: list[Scored]) -> float | dict[str, float]:
         """Raises UserError if a step file's own gives no number."""
@@ -173,20 +188,6 @@ def think_probe(data: Data, max_length: int) -> list[Measure]:
         return {name: loss_of(table, name) for name in changed}
 
     return [Measure("think_probe", "thinking", [row for rows in changed.values() for row in rows], of)]
-
-
-def letter_exam(data: Data, config: TrainConfig) -> Measure:
-    """An exam by the likelihood of the letter after a closed block of thinking."""
-    exam = data.split.exam
-    say(tr("exam: {}", exam))
-    prompts = exam_prompts(exam.questions, data.tokenizer, config.system_prompt)
-
-    def of(table: list[Scored]) -> dict[str, float]:
-        right = is_right(exam.questions, table)
-        return {"accuracy": sum(right) / len(right), "questions": len(right), "guessing": exam.guessing}
-
-    rows = exam_rows(prompts, data.tokenizer)
-    return Measure("exam", "exam accuracy", rows, of, every=config.exam_steps, higher_is_better=True)
 
 
 def is_right(questions: list[Question], table: list[Scored]) -> list[bool]:

@@ -23,6 +23,7 @@ from loop.distributed import gather, on_main_process
 from loop.evaluate import WEIGHTED, Evaluation
 from loop.record.checkpoint_writer import SaveError, together
 from loop.record.interrupt import Interrupt, Stopped
+from loop.record.ledger import add_run
 from loop.record.progress import Progress
 from loop.record.run_folder import (
     FINISHED,
@@ -145,6 +146,8 @@ class Run:
             write_status(
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
+            if status in (*FINISHED, "diverged"):
+                add_run(self.folder, self.config, self.info, self.state, status)
 
     def evaluated(self, row: dict[str, float], table: list[Scored], model, interrupt: Interrupt) -> None:
         """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. row: its
@@ -182,7 +185,7 @@ class Run:
         place = state.step, self.config.max_steps
         say(tr("step {}/{}  eval loss {:.4f} (think {:.4f}, answer {:.4f})  {}", *place, *losses, verdict))
         self.tracker.log(row | {"eval/best_loss": best_loss} | rates, state.step)
-        self.tracker.log_rows(table, state.step)
+        self.tracker.log_rows(table, self.evaluation.right, state.step)
         self.progress.resume()
 
     def export(self, row: dict[str, float], loss: float, model) -> None:

@@ -144,3 +144,77 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
     if fault:
         eval(fault, vars(faults))
     train.main(args)
+
+
+class Race:
+    """A race in a process of its own, whose runs are forks of it."""
+
+    def __init__(self, args, log: Path, fault: str = ""):
+        start_server()
+        env = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
+        self.log = Path(log)
+        self.process = SERVER.Process(target=race_main, args=(list(map(str, args)), str(log), env, fault))
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> Outcome:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "hangs"
+        return Outcome([self.process.exitcode], self.log.read_text(encoding="utf-8", errors="replace"))
+
+    def until(self, moment, timeout: float = 60) -> None:
+        end = time.monotonic() + timeout
+        while not moment():
+            assert self.process.is_alive() and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def race_main(args: list[str], log: str, env: dict[str, str], fault: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(env)
+
+    import tools.report
+    from tools import race
+
+    def popen(command, stdout, stderr, **_):
+        flags = command[[Path(word).name for word in command].index("train.py") + 1 :]
+        return Forked(rank_main, flags, "one", fault, stdout.name, env)
+
+    race.Popen, tools.report.draw_runs = popen, lambda *_: None
+    sys.argv = ["race", *args]
+    sys.orig_argv = ["python", "-m", "tools.race", *args]
+    race.main()
+
+
+class Forked:
+    """As subprocess.Popen, of a function."""
+
+    def __init__(self, target, *args):
+        self.pid = os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                os.setsid()
+                sys.argv = ["train.py", *args[0]]
+                target(*args)
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)

@@ -117,12 +117,13 @@ def test_several_runs_side_by_side(overfitted, tmp_path, tool):
     text = (tmp_path / "runs/runs.md").read_text()
     losses = [min(row["eval/loss"] for row in metrics_of(folder) if "eval/loss" in row) for folder in folders]
     assert f"| best evaluation loss | {losses[0]:.4f} | {losses[1]:.4f} | {losses[2]:.4f} |" in text
-    assert "evaluated on different validation rows" in text
+    assert "**second**: evaluated on other validation rows, so the losses cannot be compared." in text
+    assert f"**third**: {losses[2] - losses[0]:+.4f} with one seed, which says nothing about other seeds; over" in text
     assert "| `learning_rate` | 0.005 | 0.001 | 0.005 |" in text and "`val_rows`" in text and "`seed`" not in text
     assert (tmp_path / "runs/runs.png").read_bytes().startswith(PNG)
     tool(report, folders[0], folders[2], "--language", "zh", "--out", tmp_path / "zh")
     text = (tmp_path / "zh/runs.md").read_text()
-    assert f"| 最低评估损失 | **{losses[0]:.4f}** | {losses[2]:.4f} |" in text and "没有差别" in text
+    assert f"| 最低评估损失 | {losses[0]:.4f} | {losses[2]:.4f} |" in text and "没有差别" in text
     for others, message in {
         (tmp_path,): "is no folder of a run",
         (overfitted,): "name one for runs.md and runs.png with --out",

@@ -9,7 +9,9 @@ from conftest import good_row
 from ranks import run
 from runs import curve
 
+from data.replies import reply_row
 from loop.config import TrainConfig
+from model.qwen3 import load_tokenizer
 
 pytestmark = pytest.mark.integration
 ARGS = "tiny --max-steps 2 --eval-steps 1 --logging-steps 1 --save-steps 1 --num-samples 0 --sample-max-new-tokens 40 "
@@ -53,6 +55,7 @@ CHANGES = {
     "think_probe": ("", "--think-probe"),
     "exam": ("", "--exam {exam}"),
     "exam_steps": ("--exam {exam}", "--exam-steps 2"),
+    "forget": ("--model {small}", "--forget {forget}"),
     "early_stopping_patience": (
         "--max-steps 3 --warmup-ratio 0 --early-stopping-min-delta 9",
         "--early-stopping-patience 1",
@@ -90,6 +93,8 @@ def files(tmp_path_factory, small_folder):
         "exam": [{"question": row["question"], "option": choices, "answer": "B"} for row in rows[:6]],
         "liked": [{"id": "1", "verdict": "like", "messages": messages}, *rows[:9]],
     }
+    tokenizer = load_tokenizer(str(small_folder))
+    contents["forget"] = [reply_row(messages[:1], [5, 6, n], [7, 8, 9], tokenizer) for n in range(3)]
     for name, lines in contents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return {name: folder / f"{name}.jsonl" for name in contents} | {"small": small_folder}

@@ -3,24 +3,24 @@
     python -m tools.exam MODEL [MODEL ...] --exam FILE [FILE ...] [--think]
 
 The answer is the letter of the highest likelihood after a closed block of thinking: an empty one, or with --think the
-model's own, and all models get the same system prompt. Each question's choices stand in an order drawn for it, the same
+model's own, and all models get the same system prompt, unless --own-prompt is there. Of two models the table shows the
+questions that the second one lost and won. Each question's choices stand in an order drawn for it, the same
 for every model, so a preference for "A" is worth no more than a guess. Files are CSV, JSON or parquet in the form of
 CMMLU, C-Eval, CMB, CMExam, MedQA, MedMCQA and others alike.
 """
 
 import argparse
-import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data.base.console import tool, visible
-from data.base.files import write_text
+from data.base.files import write_json
 from data.base.language import speak, tr
 from data.contexts import exam_prompts, exam_rows
 from data.reading.choices import Question
@@ -31,6 +31,7 @@ from loop.score import score
 from model.export import system_prompt_of
 from model.generate import chat_tokenizer, load_for_generation, reply_to
 from model.qwen3 import find_model
+from tools.shared.answers import changes_by_subject
 from tools.shared.runs import accelerator_of, load_to_score, name_of, run_of
 
 
@@ -45,9 +46,7 @@ class Score(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's, of 95 % (Wilson 1927)."""
-        z, n, p = 1.96, self.number, self.accuracy
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        return tuple(binomtest(self.right, self.number).proportion_ci(method="wilson"))
 
 
 def take_exam(name: str, questions: list[Question], system: str, run: dict, max_new_tokens: int = 0) -> list[bool]:
@@ -73,8 +72,7 @@ def mcnemar(ours: list[bool], theirs: list[bool]) -> float:
     answered right are shared out at least as unevenly."""
     better = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     worse = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    tail = sum(math.comb(better + worse, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2 ** (better + worse))
+    return binomtest(better, better + worse).pvalue if better + worse else 1.0
 
 
 def scores_of(questions: list[Question], right: list[bool]) -> dict[str, Score]:
@@ -87,20 +85,27 @@ def scores_of(questions: list[Question], right: list[bool]) -> dict[str, Score]:
     return {subject: scores[subject] for subject in [*sorted(scores.keys() - {"all"}), "all"]}
 
 
-def show(models: list[str], results: list[dict[str, Score]], p: float | None, guessing: float) -> None:
+def show(models: list[str], results: list[dict[str, Score]], changed: dict, p: float | None, guessing: float) -> None:
+    """changed: subject -> Changes, of two models; or empty."""
     table = Table()
-    for index, title in enumerate((tr("subject"), tr("questions"), *map(name_of, models))):
+    more = (tr("lost"), tr("won"), tr("of each by guessing")) if changed else ()
+    for index, title in enumerate((tr("subject"), tr("questions"), *map(name_of, models), *more)):
         table.add_column(title, justify="right" if index else "left", overflow="fold")
     for subject, first in results[0].items():
         cells = []
         for scores in results:
             low, high = scores[subject].interval
             cells.append(f"{scores[subject].accuracy:.1%} ({low:.1%}-{high:.1%})")
+        if one := changed.get(subject):
+            cells += [str(one.lost), str(one.won), f"{one.by_guessing:.1f}"]
         table.add_row(tr("all") if subject == "all" else visible(subject), str(first.number), *cells)
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
     console.print(tr("a guess: {:.1%}; in brackets the 95 % interval", guessing))
     if p is not None:
+        one = changed["all"]
+        beyond = (max(0.0, number - one.by_guessing) for number in (one.lost, one.won))
+        console.print(tr("beyond guessing: {:.1f} lost, {:.1f} won of {:,}", *beyond, one.number))
         console.print(tr("McNemar's test of the two on the same questions: p = {:.3f}", p))
 
 
@@ -114,8 +119,13 @@ def main() -> None:
     parser.add_argument(
         "--system", help="system prompt, the same for all; default: the first that a model was trained with"
     )
+    parser.add_argument(
+        "--own-prompt", action="store_true", help="each model gets the one it was trained with, or none"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
+    if args.own_prompt and args.system is not None:
+        parser.error("--system is the same for all, --own-prompt is not: name one of them")
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens is at least 1")
     if args.out and (args.out.exists() or not args.out.absolute().parent.is_dir()):
@@ -124,17 +134,24 @@ def main() -> None:
     exam = read_exam(args.exam)
     questions, run = exam.questions, next(filter(None, map(run_of, args.models)), {})
     speak(run.get("language", "en"))
-    own = (system_prompt_of(find_model(model)) for model in args.models)
+    own = [system_prompt_of(find_model(model)) for model in args.models]
     system = next(filter(None, own), "") if args.system is None else args.system
-    print(f"{exam}\n" + tr("system prompt of all models: {}", visible(system) or "-"))
-    right = [take_exam(model, questions, system, run, args.max_new_tokens * args.think) for model in args.models]
+    prompts = own if args.own_prompt else [system] * len(own)
+    print(exam)
+    for name, prompt in zip(args.models, prompts, strict=True) if args.own_prompt else [("", system)]:
+        print(tr("system prompt of {}: {}", name_of(name) if name else tr("all models"), visible(prompt) or "-"))
+    right = [take_exam(model, questions, prompt, run, args.max_new_tokens * args.think)
+             for model, prompt in zip(args.models, prompts, strict=True)]  # fmt: skip
     results = [scores_of(questions, answers) for answers in right]
     p = mcnemar(*right) if len(right) == 2 else None
-    show(args.models, results, p, exam.guessing)
+    asked = [(question.subject, len(question.choices)) for question in questions]
+    changed = changes_by_subject(*right, asked) if len(right) == 2 else {}
+    show(args.models, results, changed, p, exam.guessing)
     if args.out:
         figures = {model: {subject: score._asdict() for subject, score in scores.items()}
                    for model, scores in zip(args.models, results, strict=True)}  # fmt: skip
-        write_text(args.out, json.dumps({"models": figures, "p": p}, ensure_ascii=False, indent=2) + "\n")
+        told = {subject: one._asdict() for subject, one in changed.items()}
+        write_json(args.out, {"models": figures, "p": p, "changes": told})
 
 
 if __name__ == "__main__":

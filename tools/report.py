@@ -8,19 +8,20 @@ import argparse
 import ast
 import dataclasses
 import math
+import statistics
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data.base.console import tool
 from data.base.errors import UserError
-from data.base.files import write_text
+from data.base.files import write_json, write_text
 from data.reading.source import public_name
 from loop.config import TrainConfig
-from loop.evaluate import rise_of
 from loop.start.step_file import DEFAULT as STEP_FILE
 from model.export import TEMPLATES as CARDS
 from model.export import plain
+from tools.reports.candidates import NAMES, SEEDS, Candidate, best_two, by_seed, compare, last_common_step, lowest
 from tools.reports.plots import draw, draw_runs
 from tools.reports.record import Record, collapse, read_record
 from tools.shared.runs import name_of
@@ -31,8 +32,6 @@ NOISE = 0.005  # share of a loss; a gain of the thinking under 4 times that is n
 # Settings of the method, beside the step file.
 METHOD = ("lora_rank", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm")
 METHOD += ("think_weight", "answer_weight", "num_train_epochs")
-# Settings in which two runs of one method always differ.
-NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 
 
 def quote(text: str) -> str:
@@ -55,6 +54,13 @@ def with_error(value: float, error: float, sign: str = "+") -> str:
     return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
 
 
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation; the deviation if there are several."""
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
 def is_number(value) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
@@ -71,6 +77,7 @@ TEMPLATES.filters |= {"cell": CARDS.filters["cell"], "code": CARDS.filters["code
 # A run from before these were measured has none.
 TEMPLATES.filters["percent"] = lambda share: f"{100 * share:.1f} %" if is_number(share) else "-"
 TEMPLATES.filters["error"] = with_error
+TEMPLATES.filters["spread"] = spread
 TEMPLATES.filters["loss"] = lambda loss: f"{loss:.4f}" if is_number(loss) else "-"
 
 
@@ -90,6 +97,9 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         examined=[row for row in record.evaluations if "exam/accuracy" in row],
         probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
         gains=gains(record),
+        forgotten=[
+            with_error(row["forget/kl"], row["forget/kl_error"]) for row in record.verdict[2:4] if "forget/kl" in row
+        ],
         methods=methods(record),
         changed=changed(record),
         only_sample=all(name.split(":")[0] == "sample" for name in record.run["dataset"]),
@@ -141,32 +151,75 @@ def gains(record: Record) -> tuple[float, float, str] | None:
 
 
 def write_comparison(run_dirs: list[Path], language: str | None, out: Path | None) -> Path:
-    """runs.md and runs.png of several runs. Raises UserError if one is no run or has no evaluation."""
+    """runs.md, runs.json and runs.png of several runs; those that differ in the seed alone are one column. Raises
+    UserError if one is no run or has no evaluation."""
     records = [read_record(run_dir) for run_dir in run_dirs]
-    language = language or records[0].run.get("language", "zh")
     parents = {run_dir.resolve().parent for run_dir in run_dirs}
     if out is None and len(parents) > 1:
         raise UserError("these runs lie in different folders: name one for runs.md and runs.png with --out")
-    out = out or parents.pop()
+    return write_candidates(by_seed(records, names_of(run_dirs)), language, out or parents.pop())
+
+
+def write_candidates(candidates: list[Candidate], language: str | None, out: Path, test: dict | None = None) -> Path:
+    """test: what a race measured on its test rows."""
+    language = language or next(iter(candidates[0].runs.values())).run.get("language", "zh")
     out.mkdir(parents=True, exist_ok=True)
-    names = names_of(run_dirs)
+    comparisons, records = compare(candidates), [next(iter(one.runs.values())) for one in candidates]
+    said = TEMPLATES.get_template(f"verdict.{language}.md").module
     text = TEMPLATES.get_template(f"runs.{language}.md").render(
-        runs=list(zip(names, records, strict=True)),
+        candidates=candidates,
+        number=sum(len(one.runs) for one in candidates),
+        comparisons=comparisons,
+        ranked=[one.candidate.name for one in lowest(comparisons)],
+        two=best_two(comparisons),
+        step=last_common_step(candidates),
+        test=test,
         settings=different_settings(records),
-        best=(best := min(records, key=lambda record: record.verdict.best["eval/loss"])),
-        same_data=len({(record.run["val_rows"]) for record in records}) == 1,
-        above=[above(record, best) for record in records],
+        cells=[cells(one) for one in candidates],
         own=dict.fromkeys(name for record in records for _, names in record.own.values() for name in names),
     )
-    draw_runs(out / "runs.png", dict(zip(names, records, strict=True)), language)
+    draw_runs(out / "runs.png", candidates, language)
+    figures = [
+        {"name": one.candidate.name, "losses": one.losses, "diverged": one.candidate.diverged,
+         "best": one.best and one.best._asdict(), "rows": one.rows, "fixed": one.fixed and one.fixed._asdict(),
+         "time": one.time, "verdict": said.verdict(one).strip()} for one in comparisons
+    ]  # fmt: skip
+    write_json(out / "runs.json", {"candidates": figures, "fixed_step": last_common_step(candidates), "test": test})
     write_text(out / "runs.md", text)
     return out / "runs.md"
 
 
-def above(record: Record, best: Record) -> tuple[float, float]:
-    """How much a run's lowest loss is above that of the best run, and the error of that, paired over the rows."""
-    tables = [one.tables.get(one.verdict.best["step"], []) for one in (best, record)]
-    return rise_of(*tables, {"think": 1.0, "answer": 1.0})
+def cells(one: Candidate) -> dict[str, str]:
+    """What the table of several candidates says of one: means over its runs, with the standard deviation."""
+    runs, percent = list(one.runs.values()), TEMPLATES.filters["percent"]
+
+    def at_best(*names: str, form=spread) -> str:
+        return ", ".join(form([*one.values(name).values()]) for name in names)
+
+    def shares(values: list[float]) -> str:
+        return percent(statistics.fmean(values)) if values else "-"
+
+    rises = one.of(lambda record: record.verdict.rise)
+    rise = with_error(*runs[0].verdict[5:7]) if len(runs) == 1 else f"{statistics.fmean(rises):+.4f}"
+    steps, epochs = (statistics.fmean(one.of(lambda r, unit=unit: r.verdict.best[unit])) for unit in ("step", "epoch"))
+    answered = [record.rates for record in runs if record.rates]
+    forms = [shares([rates[name] for rates in answered]) for name in ("closed", "answered", "stopped")]
+    seconds, speeds = one.of(lambda record: record.wall_seconds), one.of(lambda record: record.tokens_per_s)
+    names = dict.fromkeys(name for record in runs for _, found in record.own.values() for name in found)
+    return {name: at_best(name) for name in names} | {
+        "seeds": ", ".join(map(str, one.runs)),
+        "best": at_best("eval/loss"),
+        "step": f"{steps:.0f} ({epochs:.2f})",
+        "last": f"{spread(one.of(lambda record: record.verdict.last['eval/loss']))} ({rise})",
+        "parts": at_best("eval/think_loss", "eval/answer_loss"),
+        "accuracy": at_best("eval/think_accuracy", "eval/answer_accuracy", form=shares),
+        "form": f"{', '.join(forms)} ({len(runs[0].answers)})" if answered else "-",
+        "exam": at_best("exam/accuracy", form=shares),
+        "forget": at_best("forget/kl"),
+        "tokens": f"{statistics.fmean(speeds):,.0f}" if speeds else "-",
+        "peak": f"{max(peaks):.1f}" if (peaks := one.of(lambda record: record.peak_gib)) else "-",
+        "wall": duration(sum(seconds) if seconds else None),
+    }
 
 
 def names_of(run_dirs: list[Path]) -> list[str]:
@@ -182,7 +235,7 @@ def different_settings(records: list[Record]) -> dict[str, list[str]]:
     """Setting -> its value in each run, if these differ. What a run wrote before a setting existed is its default."""
     defaults = dataclasses.asdict(TrainConfig())
     runs = [defaults | record.run for record in records]
-    found = {name: [show(name, run[name]) for run in runs] for name in defaults if name not in NAMES}
+    found = {name: [show(name, run[name]) for run in runs] for name in defaults if name not in NAMES | SEEDS}
     files = [" → ".join(f"{file['file']} ({file['sha256'][:8]})" for file in run["step_files"]) for run in runs]
     found |= {"step_file": files, "train_rows": [run["train_rows"] for run in runs]}
     found["val_rows"] = [run["val_rows"] for run in runs]

@@ -2,8 +2,8 @@
 
 WEIGHT of the tuned model and 1 - WEIGHT of the base, parameter by parameter (WiSE-FT, Wortsman et al. 2022,
 arXiv:2109.01903): what fine-tuning changed is kept in part, and so is what the base knew. Each mixture answers for the
-validation rows of the run that TUNED comes from, with --exam for an exam too; the one with the lowest loss is written
-as a folder like best/. No training; both models in memory, and a third.
+validation rows of the run that TUNED comes from, with --exam for an exam, with --forget for replies of BASE; the one
+with the lowest loss is written as a folder like best/. No training; both models in memory, and a third.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from data.contexts import exam_prompts, exam_rows
 from data.encode import Example, encode_rows
 from data.reading.exam import read_exam
 from data.reading.rows import read_given
+from data.replies import read_replies
 from loop.evaluate import is_right, losses
 from loop.score import loss_of, score
 from model.export import export, system_prompt_of
@@ -37,6 +38,7 @@ class Mixture(NamedTuple):
     weight: float  # of the tuned model; 0 is the base
     losses: dict[str, float]
     exam: float  # share of right answers; NaN without an exam
+    forgotten: float  # nats a token, of the base's own replies; NaN without them
 
 
 @torch.no_grad()
@@ -74,16 +76,20 @@ def study(args: argparse.Namespace) -> list[Mixture]:
     examples = read_examples(args, run, system, tokenizer)
     questions = read_exam(args.exam).questions if args.exam else []
     asked = exam_rows(exam_prompts(questions, tokenizer, system), tokenizer)
+    replies = read_replies(args.forget, tokenizer)
     base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
     base = parameters_of(args.base, run, base_tokenizer)
     tuned = parameters_of(str(args.tuned), run, tokenizer)
     check_same_kind(base, tuned, [base_tokenizer.get_vocab(), tokenizer.get_vocab()])
-    model, found = load_to_score(str(args.tuned), run, tokenizer, accelerator), []
+    model, found, before = load_to_score(str(args.tuned), run, tokenizer, accelerator), [], math.nan
     for weight in (0.0, *sorted(set(args.weights)), 1.0):
         mix(model, base, tuned, weight)
         table = score(model, examples, accelerator)
         right = is_right(questions, score(model, asked, accelerator))
-        found.append(Mixture(weight, losses(table), sum(right) / len(right) if right else math.nan))
+        now = loss_of(score(model, replies, accelerator), "reply")
+        before = now if weight == 0 else before
+        exam = sum(right) / len(right) if right else math.nan
+        found.append(Mixture(weight, losses(table), exam, now - before))
         print(tr("weight {:g}: loss {:.4f}", weight, loss_of(table)), flush=True)
     mix(model, base, tuned, best_of(found).weight)
     texts = texts_of(args, run.get("language", "en"), found)
@@ -103,7 +109,9 @@ def texts_of(args: argparse.Namespace, language: str, found: list[Mixture]) -> d
     files = {name: find_model(str(args.tuned)) / name for name in ("README.md", "Modelfile")}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     about = {"base": name_of(args.base), "tuned": name_of(str(args.tuned)), "best": best_of(found)}
-    page = TEMPLATES.get_template(f"soup.{language}.md").render(about, found=found, examined=bool(args.exam))
+    page = TEMPLATES.get_template(f"soup.{language}.md").render(
+        about, found=found, examined=bool(args.exam), gauged=bool(args.forget)
+    )
     return texts | {"README.md": texts.get("README.md", "") + page}
 
 
@@ -118,14 +126,16 @@ def best_of(found: list[Mixture]) -> Mixture:
 def show(found: list[Mixture], names: list[str]) -> None:
     best = best_of(found)
     table = Table()
-    for title in ("weight of the tuned model", "loss", "thinking", "answer", "exam"):
-        if title != "exam" or not math.isnan(best.exam):
-            table.add_column(tr(title), justify="right")
+    columns = ["weight of the tuned model", "loss", "thinking", "answer"]
+    columns += ["exam"] * (not math.isnan(best.exam)) + ["forgotten"] * (not math.isnan(best.forgotten))
+    for title in columns:
+        table.add_column(tr(title), justify="right")
     for mixture in found:
         name = {0.0: f"0 ({names[0]})", 1.0: f"1 ({names[1]})"}.get(mixture.weight, f"{mixture.weight:g}")
         parts = (mixture.losses[name] for name in ("loss", "think_loss", "answer_loss"))
-        cells = [name, *(f"{loss:.4f}" for loss in parts), f"{mixture.exam:.1%}"]
-        table.add_row(*cells[: len(table.columns)], style="bold" if mixture is best else None)
+        more = {"exam": f"{mixture.exam:.1%}", "forgotten": f"{mixture.forgotten:.4f}"}
+        cells = [name, *(f"{loss:.4f}" for loss in parts), *(more[column] for column in columns[4:])]
+        table.add_row(*cells, style="bold" if mixture is best else None)
     Console(markup=False, emoji=False, highlight=False).print(table)
     if found[-1].losses["loss"] <= best.losses["loss"]:
         print(tr("the tuned model by itself has a lower loss than each mixture; written is the best of these"))
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="of the tuned model")
     parser.add_argument("--dataset", help="rows to evaluate on; default: RUN_DIR/data/val.jsonl")
     parser.add_argument("--exam", nargs="+", metavar="FILE", default=[], help="files or folders of questions")
+    parser.add_argument("--forget", nargs="+", metavar="FILE", default=[], help="replies of BASE: see tools.replay")
     parser.add_argument("--out", type=Path, help="a new folder for the best mixture; default: RUN_DIR/soup")
     args = parser.parse_args()
     if not all(0 < weight < 1 for weight in args.weights):

@@ -131,9 +131,9 @@ class Tracker:
         # One NaN breaks a chart in the local dashboard for good.
         self.view({name: value for name, value in values.items() if math.isfinite(value) or self.mode != "local"}, step)
 
-    def log_rows(self, table: list[Scored], step: int) -> None:
+    def log_rows(self, table: list[Scored], right: list[bool], step: int) -> None:
         """Adds to eval_rows.jsonl, for each row of the table, the sum of its loss and its number of targets, think and
-        answer."""
+        answer; and a 1 for each question of an exam that was answered right."""
         if self.file is None:
             return
         rows: dict[str, dict[str, list[Scored]]] = {}
@@ -146,6 +146,8 @@ class Tracker:
                     sums = {part: [as_json(total([line.loss_sum for line in lines])), sum(line.count for line in lines)]
                             for part, lines in parts.items()}  # fmt: skip
                     file.write(json.dumps({"step": step, "row": row, **sums}, ensure_ascii=False) + "\n")
+                if right:
+                    file.write(json.dumps({"step": step, "exam": "".join(str(int(one)) for one in right)}) + "\n")
         except OSError as error:
             warn(f"{self.rows.name}: {error}")
 

@@ -27,15 +27,20 @@ MAY_DEFINE = (*FUNCTIONS, "evaluators")
 LIBRARIES = {Path(path).resolve() for path in sysconfig.get_paths().values()}  # of Python, and what is installed
 
 
+def step_path(path: str) -> Path:
+    """recipes/ are found from any folder."""
+    given, own = Path(path).expanduser(), ROOT / path
+    return own if own == DEFAULT or (own.is_file() and not given.is_file()) else given
+
+
 def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     """The method: the functions of a step file, and those of loop/step.py that it does not have. These call each
     other in the step file's version; what it imports from loop.step is the original.
 
-    recipes/ are found from any folder, and modules beside the file can be imported. settings: NAME=VALUE, of constants
+    Modules beside the file can be imported. settings: NAME=VALUE, of constants
     of the file. Raises UserError, with its line if it cannot be loaded.
     """
-    given, own = Path(path).expanduser(), ROOT / path
-    file = own if own == DEFAULT or (own.is_file() and not given.is_file()) else given
+    file = step_path(path)
     if not file.is_file():
         raise UserError(f"there is no step file {path}; --step-file names a Python file such as loop/step.py")
     if file.suffix != ".py":

@@ -2,11 +2,13 @@
 
 import functools
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
+from tools.reports.candidates import Candidate
 from tools.reports.record import Group, Record
 
 # matplotlib has no Chinese font of its own; these come with systems, best first.
@@ -23,6 +25,7 @@ PANELS = {
     "training.png": {"learning rate": {"train/learning_rate": ""}, "gradient norm": {"train/grad_norm": ""},
                      "tokens/s": {"perf/tokens_per_s": ""}},
     "exam.png": {"exam accuracy": {"exam/accuracy": ""}},
+    "forget.png": {"forgotten, nats per token": {"forget/kl": ""}},
     "think_probe.png": {
         "loss of the answer, by the thinking before it": {
             "think_probe/own": "own thinking", "think_probe/none": "no thinking",
@@ -197,26 +200,53 @@ def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
     canvas.save(figure, path)
 
 
-def draw_runs(path: Path, records: dict[str, Record], language: str) -> None:
-    """Evaluation losses over steps, and over epochs near the best; the best of each run marked; exams, if there are
-    some."""
+def draw_runs(path: Path, candidates: list[Candidate], language: str) -> None:
+    """Evaluation losses over steps, and over epochs near the best; exams and what was forgotten, if they were measured.
+    Of a candidate of several runs the mean with its standard deviation, each run thin; a star marks the best."""
     canvas = Canvas(language)
-    has_exam = any(record.has_exam for record in records.values())
-    figure, panels = canvas.panels(3 if has_exam else 2, 16 if has_exam else 12, 5)
-    for number, (name, record) in enumerate(records.items()):
-        best, color = record.verdict.best, f"C{number % 10}"
-        for axes, unit in zip(panels, ("step", "epoch"), strict=False):
-            xs = [row[unit] for row in record.evaluations]
-            axes.plot(xs, [row["eval/loss"] for row in record.evaluations], color=color, marker=".", label=name)
-            axes.plot(best[unit], best["eval/loss"], color=color, marker="*", markersize=14)
-            axes.set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
-        if has_exam:
-            canvas.line(panels[2], record.evaluations, "exam/accuracy", name, color=color, marker=".")
-    low, high = near_best(records.values(), "eval/loss")
+    records = [record for one in candidates for record in one.runs.values()]
+    there = {name for record in records for row in record.evaluations for name in row}
+    more = [name for name in ("exam/accuracy", "forget/kl") if name in there]
+    figure, panels = canvas.panels(2 + len(more), 6 * (2 + len(more)), 5)
+    panel_of = dict(zip(["step", "epoch", *more], panels, strict=True))
+    for number, one in enumerate(candidates):
+        style = {"color": f"C{number % 10}", "label": one.name}
+        for unit in ("step", "epoch"):
+            draw_candidate(panel_of[unit], one, unit, "eval/loss", style)
+            panel_of[unit].set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
+        if "exam/accuracy" in more:
+            draw_candidate(panel_of["exam/accuracy"], one, "step", "exam/accuracy", style)
+        if "forget/kl" in more:
+            draw_candidate(panel_of["forget/kl"], one, "forget/kl", "eval/loss", style)
+    low, high = near_best(records, "eval/loss")
     if high > low:
         panels[1].set(ylim=(low - 0.1 * (high - low), high), title=canvas.say("near the best"))
-        panels[1].set_xlim(left=min(record.verdict.best["epoch"] for record in records.values()) / 2)
-    if has_exam:
-        panels[2].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
-        canvas.percent(panels[2])
+        panels[1].set_xlim(left=min(record.verdict.best["epoch"] for record in records) / 2)
+    if "exam/accuracy" in more:
+        panel_of["exam/accuracy"].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
+        canvas.percent(panel_of["exam/accuracy"])
+    if "forget/kl" in more:
+        axes = panel_of["forget/kl"]
+        axes.set(title=canvas.say("learned against forgotten"), xlabel=canvas.say("forgotten, nats per token"))
+        axes.set_ylabel(canvas.say("loss, nats per target token"))
     canvas.save(figure, path)
+
+
+def draw_candidate(axes, one: Candidate, x: str, y: str, style: dict) -> None:
+    """A line through the means at the steps that all its runs have."""
+    curves = [{row["step"]: (row[x], row[y]) for row in record.evaluations if x in row and y in row}
+              for record in one.runs.values()]  # fmt: skip
+    steps = sorted(set.intersection(*map(set, curves)))
+    points = [[statistics.fmean(values) for values in zip(*(curve[step] for curve in curves), strict=True)]
+              for step in steps]  # fmt: skip
+    axes.plot([x for x, _ in points], [y for _, y in points], marker=".", **style)
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(*zip(*curve.values(), strict=True), color=style["color"], alpha=0.35, linewidth=0.7)
+        if x != "forget/kl":
+            sds = [statistics.stdev(curve[step][1] for curve in curves) for step in steps]
+            low, high = ([y + sign * sd for (_, y), sd in zip(points, sds, strict=True)] for sign in (-1, 1))
+            axes.fill_between([x for x, _ in points], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    bests = [(best[x], best[y]) for record in one.runs.values() if x in (best := record.verdict.best) and y in best]
+    if bests and y == "eval/loss":
+        axes.plot(*map(statistics.fmean, zip(*bests, strict=True)), color=style["color"], marker="*", markersize=14)

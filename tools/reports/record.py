@@ -14,6 +14,7 @@ from loop.evaluate import rise_of
 from loop.record.run_folder import is_held, read_run, read_status, utc
 from loop.score import Scored
 from model.generate import Reply, format_rates
+from tools.shared.answers import Changes, changes_by_subject
 
 GROUP = "eval/loss/"  # and its name: the key of a group's loss in metrics.jsonl
 
@@ -104,6 +105,19 @@ class Record(NamedTuple):
     @property
     def has_exam(self) -> bool:
         return any("exam/accuracy" in row for row in self.evaluations)
+
+    @property
+    def exam_changes(self) -> tuple[int, int, dict[str, Changes]] | None:
+        """Of the exam from the first evaluation that asked it to the best one, or else the last: both steps, and what
+        became of the answers by subject."""
+        asked = [(row["subject"], row["choices"]) for row in read_lines(self.folder / "data" / "exam.jsonl")]
+        right = {row["step"]: row["exam"] for row in read_lines(self.folder / "eval_rows.jsonl") if "exam" in row}
+        right = {step: [one == "1" for one in text] for step, text in right.items() if len(text) == len(asked)}
+        if len(right) < 2:
+            return None
+        first, best = min(right), self.verdict.best["step"]
+        last = best if best in right and best > first else max(right)
+        return first, last, changes_by_subject(right[first], right[last], asked)
 
     @property
     def launches(self) -> list[dict]:

@@ -1,4 +1,41 @@
-"""Figures of answers against their references: overlap of characters and of keywords."""
+"""Figures of answers: overlap with their references in characters and keywords; what became of an exam's answers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Changes(NamedTuple):
+    """Of the answers to an exam's questions, before and after."""
+
+    number: int
+    before: int  # right ones
+    after: int
+    lost: int  # right before, wrong after
+    won: int
+    by_guessing: float  # so many are lost, and so many won, if a model guesses what it does not know
+
+
+def changes(before: Sequence[bool], after: Sequence[bool], choices: Sequence[int]) -> Changes:
+    """choices: of each question. A model that knows a question is right, and otherwise is right once in `choices`
+    guesses. Both wrong is then (1 - g)^2 of the questions that neither knows, and lost by guessing, like won,
+    g (1 - g) of them, so g / (1 - g) = 1 / (choices - 1) of those that are wrong twice (as in Harmon et al. 2025,
+    arXiv:2510.17776, from the questions themselves)."""
+    rows = list(zip(before, after, choices, strict=True))
+    lost, won = (sum(a == is_lost and b != is_lost for a, b, _ in rows) for is_lost in (True, False))
+    guessed = sum(1 / (number - 1) for a, b, number in rows if not a and not b)
+    return Changes(len(rows), sum(map(bool, before)), sum(map(bool, after)), lost, won, guessed)
+
+
+def changes_by_subject(
+    before: Sequence[bool], after: Sequence[bool], asked: list[tuple[str, int]]
+) -> dict[str, Changes]:
+    """asked: subject and choices of each question. Of each subject, and of `all`."""
+    rows = list(zip(before, after, asked, strict=True))
+    parts = {subject: [row for row in rows if row[2][0] == subject] for subject in sorted({name for name, _ in asked})}
+    return {
+        subject: changes(*zip(*((a, b, choices) for a, b, (_, choices) in part), strict=True))
+        for subject, part in [*parts.items(), ("all", rows)]
+    }
 
 
 class Characters:

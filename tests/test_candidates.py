@@ -1,0 +1,66 @@
+"""What may be concluded from several seeds: on numbers, not on training."""
+
+import math
+import random
+import statistics
+
+import pytest
+from scipy import stats
+
+from tools.reports.candidates import difference
+
+
+def races(apart: float, number: int = 200, seeds: int = 5, candidates: int = 1, comparisons: int = 0):
+    """The verdicts of simulated races, a list for each. A seed moves all candidates alike, and each by itself, so that
+    paired differences have a standard deviation of 1; the first candidate lies `apart` from the baseline."""
+    draw = random.Random(0)
+    found = []
+    for _ in range(number):
+        common = [draw.gauss(0, 3) for _ in range(seeds)]
+        base, *others = (
+            [shift + (apart if n == 1 else 0) + draw.gauss(0, math.sqrt(0.5)) for shift in common]
+            for n in range(candidates + 1)
+        )
+        found.append([difference(one, base, comparisons or candidates).kind for one in others])
+    return found
+
+
+def test_of_200_races_without_a_difference_few_are_called_and_with_one_of_two_deviations_most():
+    assert sum(kinds != ["open"] for kinds in races(0.0)) <= 0.08 * 200
+    assert sum(kinds == ["lower"] for kinds in races(-2.0)) >= 0.8 * 200
+    assert sum(kinds == ["higher"] for kinds in races(2.0)) >= 0.8 * 200
+
+
+def test_with_ten_candidates_the_chance_of_one_wrong_call_stays_the_same():
+    assert sum(set(kinds) != {"open"} for kinds in races(0.0, candidates=10)) <= 0.08 * 200
+    assert sum(set(kinds) != {"open"} for kinds in races(0.0, candidates=10, comparisons=1)) > 0.2 * 200
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    ours, theirs = [0.21, 0.24, 0.22, 0.25], [0.23, 0.25, 0.25, 0.26]
+    found = difference(ours, theirs)
+    own = stats.ttest_rel(ours, theirs)
+    low, high = own.confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+    assert found.n == found.lower == 4 and (found.kind == "lower") == (own.pvalue < 0.05)
+    low, high = own.confidence_interval(1 - 0.05 / 3)
+    assert difference(ours, theirs, comparisons=3).half == pytest.approx((high - low) / 2)
+
+
+def test_one_seed_and_equal_losses_are_called_what_they_are():
+    assert difference([0.2], [0.3]).kind == "one" and math.isnan(difference([0.2], [0.3]).half)
+    assert difference([0.2, 0.3], [0.2, 0.3]).kind == "equal"
+
+
+def test_so_many_seeds_more_tell_a_difference_in_four_of_five_races():
+    """The number that is said, tried: races with that many seeds and the same mean and deviation."""
+    for apart in (-0.5, -0.8, -1.5):
+        each = [apart + value for value in (-1.2, -0.4, 0.4, 1.2)]
+        found = difference(each, [0.0] * 4)
+        sd = statistics.stdev(each)
+        enough, one_less = (
+            sum(kinds == ["lower"] for kinds in races(apart / sd, number=400, seeds=found.n + more)) / 400
+            for more in (found.more, found.more - 1)
+        )
+        assert enough > 0.75 and (one_less < 0.85 or found.more == 1), (apart, found.more, enough, one_less)
+    assert difference([0.001, -0.001, 0.002], [0.0, 0.0, 0.0019]).more is None

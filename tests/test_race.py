@@ -1,0 +1,167 @@
+"""A race, through its command line: what it trains, what it concludes, and that it goes on after a kill."""
+
+import json
+import os
+import signal
+
+import pytest
+from ranks import Race
+from runs import metrics_of, status_of
+
+from tools.report import write_comparison
+
+pytestmark = pytest.mark.integration
+FLAGS = "tiny --dataset sample:60 --val-fraction 0.2 --test-fraction 0.2 --max-steps 8 --eval-steps 4 --num-samples 0"
+FLAGS += " --logging-steps 2 --save-steps 2 --language en --seeds 42 43"
+AGAINST = ("recipes/ema.py", "fast=--learning-rate 0.02")
+
+
+def arguments(out, *more, against=AGAINST) -> list:
+    return [*FLAGS.split(), *(word for one in against for word in ("--against", one)), *more, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("race")
+    done = Race(arguments(folder / "out"), folder / "log").wait()
+    assert done.codes == [0], done.output
+    return folder / "out", done.output
+
+
+def figures(out) -> dict:
+    """What is concluded, without times."""
+    found = json.loads((out / "runs.json").read_text())
+    return {**found, "candidates": [{**one, "time": None} for one in found["candidates"]]}
+
+
+def test_every_candidate_runs_with_every_seed_and_is_compared(whole):
+    out, said = whole
+    names = [f"{name}-{seed}" for name in ("tiny", "ema", "fast") for seed in (42, 43)]
+    assert all(status_of(out / name)["status"] == "completed" for name in names)
+    runs = {name: json.loads((out / name / "run.json").read_text()) for name in names}
+    assert len({run["val_rows"] for run in runs.values()}) == 1  # one split for all
+    assert [runs[name]["seed"] for name in names] == [42, 43] * 3 and runs["fast-42"]["learning_rate"] == 0.02
+    best = {name: min(row["eval/loss"] for row in metrics_of(out / name) if "eval/loss" in row) for name in names}
+    for one in figures(out)["candidates"]:
+        assert one["losses"] == {seed: best[f"{one['name']}-{seed}"] for seed in ("42", "43")}
+        if one["name"] != "tiny":
+            apart = [best[f"{one['name']}-{seed}"] - best[f"tiny-{seed}"] for seed in (42, 43)]
+            assert one["best"]["mean"] == pytest.approx(sum(apart) / 2) and one["best"]["n"] == 2
+            # Over the rows it is the same mean, because both seeds have the same rows.
+            assert one["rows"][0] == pytest.approx(one["best"]["mean"], rel=1e-6) and one["rows"][1] > 0
+            assert f"{one['name']}: {one['verdict']}" in said
+            assert one["fixed"]["n"] == 2
+    text = (out / "runs.md").read_text()
+    assert "# 6 runs side by side, 3 candidates" in text and "corrected for 2 comparisons" in text
+
+
+def test_test_rows_are_measured_once_and_it_says_so(whole):
+    out, _ = whole
+    test = json.loads((out / "test.json").read_text())
+    assert len(test["candidates"]) == 2 and "tiny" in test["candidates"]
+    assert "On the test rows, measured once, on " in (out / "runs.md").read_text()
+
+
+def test_the_ledger_has_a_line_for_each_run_and_each_candidate(whole, tmp_path):
+    out, _ = whole
+    head, *lines = [line.split("\t") for line in (out / "runs.tsv").read_text().splitlines()]
+    assert head == ["date", "command", "step_file", "settings", "n", "mean", "sd", "verdict"]
+    assert all(len(line) == 8 for line in lines) and [line[4] for line in lines] == ["1"] * 6 + ["2"] * 3
+    ema = next(line for line in lines if line[4] == "2" and line[2].startswith("ema.py"))
+    losses = figures(out)["candidates"][1]["losses"].values()
+    assert float(ema[5]) == round(sum(losses) / 2, 4) and ema[7] == figures(out)["candidates"][1]["verdict"]
+    assert "python -m tools.race tiny" in ema[1] and "seed=" not in ema[3] and "test_fraction=0.2" in ema[3]
+    run = next(line for line in lines if line[4] == "1" and "fast-43" in line[1])
+    assert "learning_rate=0.02" in run[3] and "seed=43" in run[3] and "completed at step 8" in run[7]
+    # A race that is over is shown again: nothing is trained, nothing added.
+    before = (out / "runs.tsv").read_bytes(), (out / "runs.json").read_bytes()
+    assert Race(arguments(out), tmp_path / "log").wait().codes == [0]
+    assert ((out / "runs.tsv").read_bytes(), (out / "runs.json").read_bytes()) == before
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_column(whole, tmp_path):
+    out, _ = whole
+    folders = [out / f"{name}-{seed}" for seed in (42, 43) for name in ("tiny", "fast")]
+    text = write_comparison(folders, "en", tmp_path).read_text()
+    assert "| | tiny | fast |" in text and "| seeds | 42, 43 | 42, 43 |" in text
+    assert "| `learning_rate` | 0.005 | 0.02 |" in text and "`seed`" not in text
+    assert "±" in next(line for line in text.splitlines() if line.startswith("| best evaluation loss"))
+
+
+def test_a_race_that_is_killed_three_times_ends_with_the_same_table(whole, tmp_path):
+    """While a run trains, which goes on by itself and is waited for; between runs; while it measures."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    moments = (
+        lambda: (out / "tiny-42/metrics.jsonl").exists() and (out / "tiny-42/checkpoints").exists(),
+        lambda: (out / "tiny-43/run_status.json").exists(),
+        lambda: (out / "fast-43/report.md").exists(),
+    )
+    for moment in moments:
+        race = Race(arguments(out), log)
+        race.until(moment)
+        race.kill()
+    assert Race(arguments(out), log).wait().codes == [0], log.read_text()
+    assert figures(out) == figures(whole[0])
+
+
+def test_a_race_that_is_stopped_stops_its_runs_with_a_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    race = Race(arguments(out, "--max-steps", "4000", against=()), tmp_path / "log")
+    race.until(lambda: (out / "tiny-42/checkpoints").exists())
+    os.kill(race.process.pid, signal.SIGINT)
+    done = race.wait()
+    assert done.codes == [130] and "stopped; the same command goes on" in done.output
+    assert status_of(out / "tiny-42")["status"] == "interrupted" and not (out / "tiny-43/checkpoints").exists()
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    step = tmp_path / "blow.py"
+    lines = ["def micro_batch_loss(model, micro_batch, batch, config):", "    losses = model(**micro_batch.inputs)"]
+    step.write_text("\n".join([*lines, "    return losses.sum() * float('nan'), losses", ""]))
+    out = tmp_path / "out"
+    done = Race(arguments(out, against=(step,)), tmp_path / "log").wait()
+    assert done.codes == [0], done.output
+    assert status_of(out / "blow-42")["status"] == "diverged" and "diverged in 2 of 2 runs" in done.output
+    assert not (out / "test.json").exists()  # there is no other candidate that could be the best
+    assert "diverged at step" in (out / "runs.tsv").read_text()
+
+
+def test_what_cannot_be_raced_is_refused_before_anything_is_trained(tmp_path, whole):
+    step = tmp_path / "wrong.py"
+    step.write_text("def micro_batch_loss(model, micro_batch, batch, config):\n    return 1 / 0\n")
+    cases = [
+        (arguments(tmp_path / "a", against=(tmp_path / "none.py",)), "there is no step file"),
+        (arguments(tmp_path / "a", against=(step,)), "wrong-42 cannot be trained"),
+        (arguments(tmp_path / "a", against=("--learning-rates 1",)), "learning-rates"),
+        (arguments(tmp_path / "a", against=("recipes/ema.py", "recipes/ema.py")), "two candidates have one name"),
+        (arguments(tmp_path / "a", "--seed", "7", against=()), "--seed is what the race sets itself"),
+        (arguments(tmp_path / "a", against=("--output_dir=x",)), "--output_dir=x is what the race sets itself"),
+        (arguments(tmp_path / "a", against=("x=--seeds 7",)), "x has 1 seeds of its own; it needs 2"),
+        (arguments(tmp_path / "a", "--jobs", "0"), "--jobs is at least 1"),
+        (arguments(whole[0], "--weight-decay", "0.1"), "was trained with other flags"),
+    ]
+    for args, message in cases:
+        done = Race(args, tmp_path / "log").wait()
+        assert done.codes[0] in (1, 2) and message in done.output and "Traceback" not in done.output, done.output
+        assert not [*(tmp_path / "a").glob("*/checkpoints")]
+
+
+def test_an_edited_step_file_is_not_shown_under_its_old_figures(tmp_path):
+    step = tmp_path / "own.py"
+    step.write_text('"""Mine."""\n\n\ndef lr_multiplier(step, max_steps, config):\n    return 0.5\n')
+    args = arguments(tmp_path / "out", "--seeds", "42", "--test-fraction", "0", against=(step,))
+    done = Race(args, tmp_path / "log").wait()
+    assert done.codes == [0] and "with one seed, which says nothing about other seeds" in done.output, done.output
+    step.write_text(step.read_text().replace("0.5", "0.25"))
+    done = Race(args, tmp_path / "log").wait()
+    assert done.codes == [1] and "own-42 was trained with another step file" in done.output
+
+
+def test_a_candidate_may_have_seeds_of_its_own(tmp_path):
+    """To see what the seed alone does: the preset against itself."""
+    args = arguments(tmp_path / "out", "--test-fraction", "0", "--split-by-seed", "--jobs", "2",
+                     against=("other=--seeds 44 45",))  # fmt: skip
+    done = Race(args, tmp_path / "log").wait()
+    assert done.codes == [0], done.output
+    assert status_of(tmp_path / "out/other-45")["status"] == "completed"
+    assert "other: evaluated on other validation rows" in done.output
