@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.base.files import write_json  # noqa: E402
-from tools.race import read_entry, test_loss  # noqa: E402
+from tools.race import read_candidate, test_loss  # noqa: E402
 from tools.reports.record import read_record  # noqa: E402
 
 SEEDS = (42, 43, 44, 45, 46)
@@ -48,7 +48,7 @@ def main() -> None:
     done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.returncode)
-    print(table(args.folder, ["tiny", *(read_entry(one, list(SEEDS)).name for one in against)]))
+    print(table(args.folder, ["tiny", *(read_candidate(one, [])[0] for one in against)]))
 
 
 def table(folder: Path, names: list[str]) -> str:

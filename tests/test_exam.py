@@ -1,6 +1,7 @@
 """The exam: files are read, likelihoods are transformers' own, figures are those of their formulas."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from data.reading.choices import LETTERS, LeftOut, read_question
 from data.reading.exam import read_exam
 from loop.evaluate import is_right
 from loop.score import score
+from model.export import system_prompt_of
 from model.loss import SFTModel
 from model.qwen3 import load_model, load_tokenizer
 from tools import exam
 from tools.exam import Score, mcnemar, scores_of, take_exam
+from tools.shared.answers import changes, changes_by_subject
 
 ROWS = ("0,女性生殖腺是,卵巢,前庭大腺,前庭球,乳腺,A", "1,心脏有几个腔,1,2,3,4,D", "2,多选题,甲,乙,丙,丁,AB")
 CMMLU = "\n".join([",Question,A,B,C,D,Answer", *ROWS]) + "\n"
@@ -161,3 +164,44 @@ def test_a_real_exam():
     questions, left_out, *_ = read_exam([str(REAL / "exam/test")])
     assert len(questions) > 1900 and left_out.total() < 20
     assert len({question.subject for question in questions}) == 10
+
+
+def test_guessing_alone_loses_and_wins_as_much_as_is_said():
+    """A model that knows three of ten questions and guesses the others, asked twice; then one that forgot a thousand."""
+    draw, number = random.Random(0), 20_000
+    choices = [draw.choice((2, 4, 5)) for _ in range(number)]
+    knows = [draw.random() < 0.3 for _ in range(number)]
+
+    def answers(known) -> list[bool]:
+        return [one or draw.random() < 1 / k for one, k in zip(known, choices, strict=True)]
+
+    before = answers(knows)
+    same = changes(before, answers(knows), choices)
+    assert same.by_guessing > 1000 and same.number == number and same.before == sum(before)
+    for moved in (same.lost, same.won):
+        assert abs(moved - same.by_guessing) < 5 * same.by_guessing**0.5
+    forgotten = [n for n in range(number) if knows[n]][:1000]
+    gone = set(forgotten)
+    now = changes(before, answers([one and n not in gone for n, one in enumerate(knows)]), choices)
+    wrong = sum(1 - 1 / choices[n] for n in forgotten)
+    assert abs(now.lost - now.by_guessing - wrong) < 5 * now.lost**0.5 and abs(now.won - now.by_guessing) < 200
+    one = changes_by_subject([True, True, False, False], [False, True, True, False], [("甲", 4), ("乙", 2)] * 2)
+    assert {name: (c.lost, c.won, c.by_guessing) for name, c in one.items()} == {
+        "甲": (1, 1, 0.0), "乙": (0, 0, 1.0), "all": (1, 1, 1.0),
+    }  # fmt: skip
+
+
+def test_two_models_get_one_system_prompt_or_each_its_own(best, small_folder, tmp_path, tool, monkeypatch):
+    """By default that of the tuned one: a difference is then of the models alone."""
+    (tmp_path / "a.csv").write_text(CMMLU, encoding="utf-8")
+    seen, own = [], system_prompt_of(best)
+    take = exam.take_exam
+    monkeypatch.setattr(exam, "take_exam", lambda *args: seen.append(args[2]) or take(*args))
+    args = [exam, small_folder, best, "--exam", tmp_path / "a.csv"]
+    code, said = tool(*args, "--out", tmp_path / "a.json")
+    assert code == 0 and seen == [own, own] and f"system prompt of all models: {own}" in said
+    told = json.loads((tmp_path / "a.json").read_text())["changes"]["all"]
+    assert told["number"] == 2 and f"beyond guessing: {max(0, told['lost'] - told['by_guessing']):.1f} lost" in said
+    code, said = tool(*args, "--own-prompt")
+    assert code == 0 and seen[2:] == ["", own] and "system prompt of small: -" in said
+    assert "name one of them" in tool(*args, "--own-prompt", "--system", "x")[1]

@@ -58,7 +58,7 @@ def test_every_candidate_runs_with_every_seed_and_is_compared(whole):
 def test_test_rows_are_measured_once_and_it_says_so(whole):
     out, _ = whole
     test = json.loads((out / "test.json").read_text())
-    assert len(test["candidates"]) == 2 and "tiny" in test["candidates"]
+    assert [len(losses) for losses in test["losses"].values()] == [2, 2] and "tiny" in test["losses"]
     assert "On the test rows, measured once, on " in (out / "runs.md").read_text()
 
 
@@ -133,12 +133,12 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_trained(tmp_path, wh
         (arguments(tmp_path / "a", against=(tmp_path / "none.py",)), "there is no step file"),
         (arguments(tmp_path / "a", against=(step,)), "wrong-42 cannot be trained"),
         (arguments(tmp_path / "a", against=("--learning-rates 1",)), "learning-rates"),
-        (arguments(tmp_path / "a", against=("recipes/ema.py", "recipes/ema.py")), "two candidates have one name"),
+        (arguments(tmp_path / "a", against=("recipes/ema.py", "recipes/ema.py")), "two candidates have the name ema"),
         (arguments(tmp_path / "a", "--seed", "7", against=()), "--seed is what the race sets itself"),
         (arguments(tmp_path / "a", against=("--output_dir=x",)), "--output_dir=x is what the race sets itself"),
         (arguments(tmp_path / "a", against=("x=--seeds 7",)), "x has 1 seeds of its own; it needs 2"),
         (arguments(tmp_path / "a", "--jobs", "0"), "--jobs is at least 1"),
-        (arguments(whole[0], "--weight-decay", "0.1"), "was trained with other flags"),
+        (arguments(whole[0], "--weight-decay", "0.1"), "was trained with another weight_decay"),
     ]
     for args, message in cases:
         done = Race(args, tmp_path / "log").wait()
@@ -154,7 +154,7 @@ def test_an_edited_step_file_is_not_shown_under_its_old_figures(tmp_path):
     assert done.codes == [0] and "with one seed, which says nothing about other seeds" in done.output, done.output
     step.write_text(step.read_text().replace("0.5", "0.25"))
     done = Race(args, tmp_path / "log").wait()
-    assert done.codes == [1] and "own-42 was trained with another step file" in done.output
+    assert done.codes == [1] and "own-42 was trained with another step_file" in done.output
 
 
 def test_a_candidate_may_have_seeds_of_its_own(tmp_path):

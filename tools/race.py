@@ -10,6 +10,7 @@ what may be concluded, runs.png, runs.json, and a line for each candidate in run
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -33,7 +34,8 @@ from data.base.errors import UserError
 from data.base.files import write_json
 from data.base.language import speak, tr
 from data.encode import encode_rows
-from loop.record.ledger import add_lines, settings_of
+from loop.config import TrainConfig
+from loop.record.ledger import add_lines, settings_of, step_file_of
 from loop.record.run_folder import FINISHED, is_held, read_run, read_status
 from loop.score import loss_of, score
 from loop.start.command_line import parse_config
@@ -44,32 +46,22 @@ from tools.reports.candidates import Candidate, candidate_of, compare, differenc
 from tools.reports.record import read_record
 from tools.shared.runs import accelerator_of, load_to_score, read_side
 
-ROOT = Path(__file__).resolve().parent.parent
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OWN = ("--seed", "--output-dir", "--run-name", "--resume", "--dry-run")  # flags that a race sets itself
-OVER = (*FINISHED, "diverged")
-
-
-class Entry(NamedTuple):
-    """A candidate as it was asked for."""
-
-    name: str
-    flags: list[str]
-    seeds: list[int]  # of its runs; the first is paired with the race's first, and so on
 
 
 class Run(NamedTuple):
     folder: Path
     start: list[str]  # the command before the flags
     flags: list[str]
-    threads: int  # for each run of several at a time; 0: as it finds them
+
+    @property
+    def config(self) -> TrainConfig:
+        return parse_config(self.flags)
 
     @property
     def is_over(self) -> bool:
-        return read_status(self.folder).get("status") in OVER
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return read_status(self.folder).get("status") in (*FINISHED, "diverged")
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -92,8 +84,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     return args, flags
 
 
-def read_entry(text: str, seeds: list[int]) -> Entry:
-    """A candidate of --against. Raises UserError if it says what the race says."""
+def read_candidate(text: str, seeds: list[int]) -> tuple[str, list[str], list[int]]:
+    """Of a candidate of --against its name, flags, and seeds: the race's, or as many of its own."""
     named = re.match(r"(\w[\w-]*)=(?=\S)", text)
     words = shlex.split(text[named.end() :] if named else text)
     flags = ["--step-file", *words] if words and words[0].endswith(".py") else words
@@ -102,59 +94,56 @@ def read_entry(text: str, seeds: list[int]) -> Entry:
         end = next((n for n in range(start + 1, len(flags)) if flags[n].startswith("--")), len(flags))
         flags, seeds = flags[:start] + flags[end:], [*map(int, flags[start + 1 : end])]
     short = "-".join(Path(word).stem if word.endswith(".py") else word.lstrip("-") for word in words)
-    return Entry(named[1] if named else re.sub(r"[^\w.=+-]+", "-", short).strip("-"), flags, seeds)
+    return named[1] if named else re.sub(r"[^\w.=+-]+", "-", short).strip("-"), flags, seeds
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[int, Run]]:
     """name -> seed of the race -> run. Raises UserError, or exits as train.py does, if a command line is wrong."""
     preset = flags[0] if flags and not flags[0].startswith("-") else "medical"
-    entries = [Entry(preset, [], args.seeds), *(read_entry(text, args.seeds) for text in args.against)]
-    names = [entry.name for entry in entries]
-    if len(set(names)) < len(names):
-        raise UserError(f"two candidates have one name ({', '.join(names)}); put another in front: NAME=...")
-    threads = max(1, psutil.cpu_count() // args.jobs) if args.jobs > 1 else 0
-    start, runs = [*(shlex.split(args.launch) or [sys.executable]), str(ROOT / "train.py")], {}
-    for entry in entries:
-        if taken := [flag for flag in (*flags, *entry.flags) if flag.split("=")[0].replace("_", "-") in OWN]:
+    candidates = [(preset, [], args.seeds), *(read_candidate(text, args.seeds) for text in args.against)]
+    start, runs = [*(shlex.split(args.launch) or [sys.executable]), str(TRAIN)], {}
+    for name, more, seeds in candidates:
+        if name in runs:
+            raise UserError(f"two candidates have the name {name}; put another in front: NAME=...")
+        if taken := [flag for flag in (*flags, *more) if flag.split("=")[0].replace("_", "-") in OWN]:
             raise UserError(f"{taken[0]} is what the race sets itself")
-        if len(entry.seeds) != len(args.seeds):
-            raise UserError(f"{entry.name} has {len(entry.seeds)} seeds of its own; it needs {len(args.seeds)}")
-        for pair, seed in zip(args.seeds, entry.seeds, strict=True):
-            folder = args.out / f"{entry.name}-{seed}"
-            own = [*flags, *entry.flags, "--seed", str(seed), "--output-dir", str(folder), "--run-name", folder.name]
-            own += ["--split-seed", str(seed)] if args.split_by_seed else []
-            parse_config(own)
-            runs.setdefault(entry.name, {})[pair] = Run(folder, start, own, threads)
+        if len(seeds) != len(args.seeds):
+            raise UserError(f"{name} has {len(seeds)} seeds of its own; it needs {len(args.seeds)}")
+        runs[name] = {}
+        for pair, seed in zip(args.seeds, seeds, strict=True):
+            folder = args.out / f"{name}-{seed}"
+            own = [*flags, *more, "--seed", str(seed), "--output-dir", str(folder), "--run-name", folder.name]
+            runs[name][pair] = Run(folder, start, own + (["--split-seed", str(seed)] if args.split_by_seed else []))
     return runs
 
 
 class Runner:
     """Starts runs, and ends those that are under way if one fails or the race is stopped."""
 
-    def __init__(self):
-        self.under_way: set[Popen] = set()
-        self.stopping = threading.Event()
+    def __init__(self, jobs: int):
+        self.jobs, self.under_way, self.stopping = jobs, set(), threading.Event()
+        self.threads = {"OMP_NUM_THREADS": str(max(1, psutil.cpu_count() // jobs))} if jobs > 1 else {}
 
     def start(self, command: list[str], run: Run) -> tuple[int, str]:
-        """(exit status, last line) of a command, whose output goes to the run's log."""
-        env = os.environ | ({"OMP_NUM_THREADS": str(run.threads)} if run.threads else {})
-        run.log.parent.mkdir(parents=True, exist_ok=True)
-        with run.log.open("a", encoding="utf-8") as log:
+        """(exit status, what it said last) of a command, whose output goes to the run's log."""
+        path = run.folder.with_name(f"{run.folder.name}.log")
+        with path.open("a", encoding="utf-8") as log:
             # In a session of its own: Ctrl+C in the terminal reaches it once, through `stop`.
-            process = Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+            process = Popen(command, stdout=log, stderr=log, env=os.environ | self.threads, start_new_session=True)
             self.under_way.add(process)
             if self.stopping.is_set():
                 process.terminate()
             code = process.wait()
             self.under_way.discard(process)
-        lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return code, next((line for line in reversed(lines) if line.startswith("train.py: ")), (lines or [""])[-1])
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = next((line for line in reversed(lines) if line.startswith("train.py: ")), (lines or [""])[-1])
+        return code, f"{said} (see {path})"
 
     def check(self, run: Run) -> None:
         """Raises UserError if train.py refuses the run: better now than after hours."""
-        code, said = self.start([sys.executable, str(ROOT / "train.py"), *run.flags, "--dry-run"], run)
+        code, said = self.start([sys.executable, str(TRAIN), *run.flags, "--dry-run"], run)
         if code and not self.stopping.is_set():
-            raise UserError(f"{run.folder.name} cannot be trained: {said} (see {run.log})")
+            raise UserError(f"{run.folder.name} cannot be trained: {said}")
 
     def train(self, run: Run) -> None:
         while is_held(run.folder) and not self.stopping.wait(1):  # by what was started before the race was killed
@@ -165,7 +154,7 @@ class Runner:
         if self.stopping.is_set():
             return
         if not run.is_over:
-            raise UserError(f"{run.folder.name} ended with status {code}: {said} (see {run.log})")
+            raise UserError(f"{run.folder.name} ended with status {code}: {said}")
         status = read_status(run.folder)
         loss = status.get("best_loss")
         say(tr("{}: {}, best loss {}", run.folder.name, tr(status["status"]), "-" if loss is None else f"{loss:.4f}"))
@@ -175,17 +164,14 @@ class Runner:
         for process in list(self.under_way):
             process.terminate()  # train.py then writes a checkpoint
 
-    def all(self, runs: dict[str, dict[int, Run]], jobs: int) -> None:
+    def all(self, runs: dict[str, dict[int, Run]]) -> None:
         """All runs, one seed after another, so that a part of a race has all candidates."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        begun = [one for by_seed in runs.values() if not (one := next(iter(by_seed.values()))).folder.exists()]
-        seeds = next(iter(runs.values()))
-        with ThreadPoolExecutor(jobs) as pool:
+        rounds = list(zip(*(by_seed.values() for by_seed in runs.values()), strict=True))
+        with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                for _ in pool.map(self.check, begun):
-                    pass
-                for _ in pool.map(self.train, (runs[name][seed] for seed in seeds for name in runs)):
-                    pass
+                list(pool.map(self.check, (run for run in rounds[0] if not run.folder.exists())))
+                list(pool.map(self.train, (run for one in rounds for run in one)))
             except BaseException as error:
                 self.stop()
                 pool.shutdown(cancel_futures=True)
@@ -194,30 +180,32 @@ class Runner:
                 raise
 
 
-def read_candidates(runs: dict[str, dict[int, Run]]) -> list[Candidate]:
-    """Raises UserError if the runs of one candidate are not of one method."""
+def read_results(runs: dict[str, dict[int, Run]], with_rows: bool) -> list[Candidate]:
+    """Raises UserError if the runs of one candidate are not of one method, or with_rows not of the same rows."""
     found = []
     for name, by_seed in runs.items():
         records = {seed: read_record(run.folder) for seed, run in by_seed.items()}
-        if len({method_of(record, with_rows=False) for record in records.values()}) > 1:
+        if len({method_of(record, with_rows) for record in records.values()}) > 1:
             raise UserError(f"the runs of {name} have different code or settings; name another --out")
         found.append(candidate_of(name, records))
     return found
 
 
-def check_unchanged(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:
+def check_unchanged(out: Path, runs: dict[str, dict[int, Run]]) -> None:
     """Writes down what the race trains. Raises UserError if a run of an earlier launch was another: what is finished
     would be shown under the new command."""
-    asked, known = args.out / "race.json", {}
+    asked, known = out / "race.json", {}
     for run in (run for by_seed in runs.values() for run in by_seed.values()):
-        file = step_path(parse_config(run.flags).step_file)
-        known[run.folder.name] = {"flags": run.flags, "step_file": sha256_of(file) if file.is_file() else ""}
+        file = step_path(run.config.step_file)
+        settings = json.loads(json.dumps(dataclasses.asdict(run.config)))
+        known[run.folder.name] = settings | {"sha256": sha256_of(file) if file.is_file() else ""}
     before = json.loads(asked.read_text(encoding="utf-8")) if asked.exists() else {}
     for name in known.keys() & before.keys():
-        if before[name] != known[name] and (args.out / name / "run.json").exists():
-            what = "another step file" if before[name]["flags"] == known[name]["flags"] else "other flags"
-            raise UserError(f"{args.out / name} was trained with {what}; name another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+        other = [key for key in known[name] if known[name][key] != before[name].get(key, known[name][key])]
+        if other and (out / name / "run.json").exists():
+            what = "step_file" if other == ["sha256"] else ", ".join(other)
+            raise UserError(f"{out / name} was trained with another {what}; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
     write_json(asked, before | known)
 
 
@@ -229,12 +217,10 @@ def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
     ranked = [one.candidate for one in lowest(compare(candidates)) if one.candidate in others]
     if not ranked or not any((record.folder / "data" / "test.jsonl").exists() for record in first.runs.values()):
         return None
-    losses = {one.name: {seed: test_loss(record.folder) for seed, record in one.runs.items()}
-              for one in (first, ranked[0])}  # fmt: skip
-    seeds = [seed for seed in first.runs if seed in ranked[0].runs]
-    apart = difference(*([losses[one.name][seed] for seed in seeds] for one in (ranked[0], first)))
-    test = {"date": time.strftime("%Y-%m-%d"), "difference": apart._asdict()}
-    test["candidates"] = {name: {"losses": [*by_seed.values()]} for name, by_seed in losses.items()}
+    best, seeds = ranked[0], [seed for seed in first.runs if seed in ranked[0].runs]
+    losses = {one.name: [test_loss(one.runs[seed].folder) for seed in seeds] for one in (first, best)}
+    test = {"date": time.strftime("%Y-%m-%d"), "losses": losses}
+    test["difference"] = difference(losses[best.name], losses[first.name])._asdict()
     write_json(path, test)
     return test
 
@@ -249,20 +235,19 @@ def test_loss(run_dir: Path) -> float:
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:
-    candidates = read_candidates(runs)
-    run = next(iter(candidates[0].runs.values())).run
-    speak(language := run.get("language", "zh"))
+    candidates = read_results(runs, with_rows=not args.split_by_seed)
+    speak(language := next(iter(candidates[0].runs.values())).run["language"])
     path = write_candidates(candidates, language, args.out, measure_test(args.out, candidates))
     said, lines = TEMPLATES.get_template(f"verdict.{language}.md").module, []
     for one in compare(candidates):
-        file = next(iter(one.candidate.runs.values())).run["step_files"][-1]
-        is_first, losses = one.candidate is candidates[0], [*one.losses.values()]
-        verdict = tr("the others are compared with it") if is_first else said.verdict(one).strip()
-        config = parse_config(next(iter(runs[one.candidate.name].values())).flags)
-        line = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "n": len(losses), "verdict": verdict}
-        line |= {"step_file": f"{file['file']} {file['sha256'][:12]}", "settings": settings_of(config, with_seed=False)}
-        line |= {"mean": statistics.fmean(losses), "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan}
-        lines.append(line)
+        losses, record = [*one.losses.values()], next(iter(one.candidate.runs.values()))
+        verdict = said.verdict(one).strip() if lines else tr("the others are compared with it")
+        config = next(iter(runs[one.candidate.name].values())).config
+        lines.append({
+            "command": shlex.join(["python", *sys.orig_argv[1:]]), "step_file": step_file_of(record.run),
+            "settings": settings_of(config, with_seed=False), "n": len(losses), "mean": statistics.fmean(losses),
+            "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan, "verdict": verdict,
+        })  # fmt: skip
         print(f"{one.candidate.name}: {verdict}")
     add_lines(args.out, *lines, once=True)
     print(path)
@@ -272,8 +257,8 @@ def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> 
 def main() -> None:
     args, flags = read_arguments()
     runs = plan(args, flags)
-    check_unchanged(args, runs)
-    Runner().all(runs, args.jobs)
+    check_unchanged(args.out, runs)
+    Runner(args.jobs).all(runs)
     write_results(args, runs)
 
 

@@ -33,10 +33,13 @@ def add_lines(folder: Path, *lines: dict, once: bool = False) -> None:
 
 def add_run(folder: Path, config: TrainConfig, info: dict, state: TrainState, status: str) -> None:
     """The line of a run that ended. info: as in run.json."""
-    file = info["step_files"][-1]
-    line = {"command": info["launches"][-1]["command"], "step_file": f"{file['file']} {file['sha256'][:12]}"}
+    line = {"command": info["launches"][-1]["command"], "step_file": step_file_of(info)}
     line |= {"settings": settings_of(config), "n": 1, "mean": state.best_loss or math.nan}
     add_lines(folder.parent, line | {"verdict": f"{status} at step {state.step}, best at {state.best_step}"})
+
+
+def step_file_of(info: dict) -> str:
+    return f"{info['step_files'][-1]['file']} {info['step_files'][-1]['sha256'][:12]}"
 
 
 def clean(value) -> str:
