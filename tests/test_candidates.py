@@ -7,7 +7,8 @@ import statistics
 import pytest
 from scipy import stats
 
-from tools.reports.candidates import difference
+from tools.report import TEMPLATES
+from tools.reports.candidates import Candidate, Comparison, difference
 
 
 def races(apart: float, number: int = 200, seeds: int = 5, candidates: int = 1, comparisons: int = 0):
@@ -64,3 +65,29 @@ def test_so_many_seeds_more_tell_a_difference_in_four_of_five_races():
         )
         assert enough > 0.75 and (one_less < 0.85 or found.more == 1), (apart, found.more, enough, one_less)
     assert difference([0.001, -0.001, 0.002], [0.0, 0.0, 0.0019]).more is None
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("en", {"lower": "lower by 1.0000 ± 0.", "higher": "higher by 1.0000", "open": "no difference can be told: +0.",
+                "one": "+1.0000 with one seed", "equal": "the same losses in all 3 seeds"}),
+        ("zh", {"lower": "更低 1.0000 ± 0.", "higher": "更高 1.0000", "open": "看不出差别：+0.",
+                "one": "+1.0000，只有一个种子", "equal": "3 个种子的损失逐位相同"}),
+    ],
+)  # fmt: skip
+def test_each_verdict_is_said_in_both_languages(language, words):
+    said = TEMPLATES.get_template(f"verdict.{language}.md").module
+    losses = {"lower": [-1.0, -1.01, -0.99], "higher": [1.0, 1.01, 0.99], "open": [1.0, -1.0, 0.3], "one": [1.0],
+              "equal": [0.0, 0.0, 0.0]}  # fmt: skip
+    for kind, each in losses.items():
+        found = difference(each, [0.0] * len(each))
+        one = Comparison(Candidate("b", dict.fromkeys(range(3))), {}, found, (found.mean, 9.0), None, None)
+        text = said.verdict(one).strip()
+        assert found.kind == kind and words[kind] in text and "\n" not in text, text
+        unsure = {"en": "so for other rows it is not sure", "zh": "换一批样本未必成立"}[language]
+        assert (unsure in text) == (kind in ("lower", "higher"))
+        assert said.between(("a", "b", found)).strip().count("\n") == 0
+    diverged = said.verdict(one._replace(candidate=Candidate("b", dict.fromkeys(range(3)), (1, 2)))).strip()
+    assert {"en": "diverged in 2 of 3 runs", "zh": "3 次训练中有 2 次发散"}[language] in diverged
+    assert said.verdict(one._replace(best=None, rows=None)).strip()

@@ -167,7 +167,7 @@ def test_a_real_exam():
 
 
 def test_guessing_alone_loses_and_wins_as_much_as_is_said():
-    """A model that knows three of ten questions and guesses the others, asked twice; then one that forgot a thousand."""
+    """A model that knows three of ten questions and guesses the others, asked twice; then one that forgot 1,000."""
     draw, number = random.Random(0), 20_000
     choices = [draw.choice((2, 4, 5)) for _ in range(number)]
     knows = [draw.random() < 0.3 for _ in range(number)]
@@ -201,7 +201,8 @@ def test_two_models_get_one_system_prompt_or_each_its_own(best, small_folder, tm
     code, said = tool(*args, "--out", tmp_path / "a.json")
     assert code == 0 and seen == [own, own] and f"system prompt of all models: {own}" in said
     told = json.loads((tmp_path / "a.json").read_text())["changes"]["all"]
-    assert told["number"] == 2 and f"beyond guessing: {max(0, told['lost'] - told['by_guessing']):.1f} lost" in said
+    lost = max(0, told["lost"] - told["by_guessing"])
+    assert told["number"] == 2 and f"beyond guessing: {lost:.1f} lost" in said
     code, said = tool(*args, "--own-prompt")
     assert code == 0 and seen[2:] == ["", own] and "system prompt of small: -" in said
     assert "name one of them" in tool(*args, "--own-prompt", "--system", "x")[1]

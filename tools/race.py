@@ -211,10 +211,10 @@ def check_unchanged(out: Path, runs: dict[str, dict[int, Run]]) -> None:
 
 def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
     """The test losses of the first candidate and of the best other one, measured once; without test rows None."""
-    path, (first, *others) = out / "test.json", candidates
+    path, first = out / "test.json", candidates[0]
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    ranked = [one.candidate for one in lowest(compare(candidates)) if one.candidate in others]
+    ranked = [one for one in lowest(compare(candidates)) if one is not first]
     if not ranked or not any((record.folder / "data" / "test.jsonl").exists() for record in first.runs.values()):
         return None
     best, seeds = ranked[0], [seed for seed in first.runs if seed in ranked[0].runs]

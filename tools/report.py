@@ -21,7 +21,7 @@ from loop.config import TrainConfig
 from loop.start.step_file import DEFAULT as STEP_FILE
 from model.export import TEMPLATES as CARDS
 from model.export import plain
-from tools.reports.candidates import NAMES, SEEDS, Candidate, best_two, by_seed, compare, last_common_step, lowest
+from tools.reports.candidates import NAMES, SEEDS, Candidate, best_two, by_seed, compare, last_common_step
 from tools.reports.plots import draw, draw_runs
 from tools.reports.record import Record, collapse, read_record
 from tools.shared.runs import name_of
@@ -170,8 +170,8 @@ def write_candidates(candidates: list[Candidate], language: str | None, out: Pat
         candidates=candidates,
         number=sum(len(one.runs) for one in candidates),
         comparisons=comparisons,
-        ranked=[one.candidate.name for one in lowest(comparisons)],
-        two=best_two(comparisons),
+        open=[one.name for one in candidates if not one.is_over],
+        two=best_two(candidates),
         step=last_common_step(candidates),
         test=test,
         settings=different_settings(records),

@@ -5,6 +5,7 @@ difference is Student's of 95 % (Gosset 1908), divided by the number of comparis
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import statistics
@@ -15,7 +16,7 @@ from scipy import stats
 
 from loop.config import TrainConfig
 from loop.evaluate import rise_of
-from loop.score import Scored
+from loop.record.run_folder import FINISHED
 from tools.reports.record import Record
 
 LEVEL, POWER = 0.05, 0.8
@@ -64,7 +65,11 @@ class Candidate(NamedTuple):
     def values(self, name: str, step: int | None = None) -> dict[int, float]:
         """seed -> a figure at the best step of its run, or at another; where it is known."""
         rows = {seed: row_at(record, step) for seed, record in self.runs.items()}
-        return {seed: row[name] for seed, row in rows.items() if isinstance(row.get(name), float)}
+        return {seed: row[name] for seed, row in rows.items() if math.isfinite(row.get(name, math.nan))}
+
+    @property
+    def is_over(self) -> bool:
+        return all(record.status in (*FINISHED, "diverged") for record in self.runs.values())
 
     def of(self, figure: Callable[[Record], float | None]) -> list[float]:
         """A figure of each run, if it has one."""
@@ -76,7 +81,7 @@ class Comparison(NamedTuple):
 
     candidate: Candidate
     losses: dict[int, float]  # seed -> the lowest evaluation loss
-    best: Difference | None  # None for the first one itself, and without common seeds
+    best: Difference | None  # None for the first one itself, and if no seed has the same validation rows
     rows: tuple[float, float] | None  # (mean difference, half of its interval) over the validation rows
     fixed: Difference | None  # at the last step that all of them have
     time: tuple[float, float, float] | None  # of a token: ratio to the first one's, mean and range over the seeds
@@ -100,64 +105,55 @@ def last_common_step(candidates: list[Candidate]) -> int | None:
 
 
 def compare(candidates: list[Candidate]) -> list[Comparison]:
-    """Each one against the first. Losses of other validation rows are not compared."""
+    """Each one against the first."""
     first, step, number = candidates[0], last_common_step(candidates), max(1, len(candidates) - 1)
-    found = []
-    for one in candidates:
-        seeds = [seed for seed in one.runs if seed in first.runs and same_rows(one.runs[seed], first.runs[seed])]
-        losses = one.values("eval/loss")
-
-        def paired(step: int | None, one=one, seeds=seeds) -> Difference | None:
-            ours, theirs = one.values("eval/loss", step), first.values("eval/loss", step)
-            both = [seed for seed in seeds if seed in ours and seed in theirs]
-            return difference([ours[s] for s in both], [theirs[s] for s in both], number) if both else None
-
-        if one is first or not seeds:
-            found.append(Comparison(one, losses, None, None, None, None))
-            continue
-        speeds = [(first.runs[seed].tokens_per_s, one.runs[seed].tokens_per_s) for seed in seeds]
-        ratios = [theirs / ours for theirs, ours in speeds if theirs and ours]
+    found = [Comparison(first, first.values("eval/loss"), None, None, None, None)]
+    for one in candidates[1:]:
+        pairs = [(one.runs[seed], first.runs[seed]) for seed in common_seeds(one, first)]
+        ratios = [theirs.tokens_per_s / ours.tokens_per_s for ours, theirs in pairs if ours.train and theirs.train]
         time = (statistics.fmean(ratios), min(ratios), max(ratios)) if ratios else None
-        rise, error = rise_of(*(numbered([c.runs[seed] for seed in seeds]) for c in (first, one)), PARTS)
-        half = error * stats.norm.ppf(1 - LEVEL / number / 2)
-        rows = (rise, half) if math.isfinite(half) else None
-        found.append(Comparison(one, losses, paired(None), rows, paired(step) if step else None, time))
+        best, fixed = paired(one, first, number), paired(one, first, number, step) if step else None
+        found.append(Comparison(one, one.values("eval/loss"), best, over_rows(pairs, number), fixed, time))
     return found
 
 
-def same_rows(one: Record, other: Record) -> bool:
-    return one.run["val_rows"] == other.run["val_rows"]
+def common_seeds(one: Candidate, other: Candidate) -> list[int]:
+    """Those in which both have the same validation rows; losses of others are not compared."""
+    return [
+        seed for seed in one.runs
+        if seed in other.runs and one.runs[seed].run["val_rows"] == other.runs[seed].run["val_rows"]
+    ]  # fmt: skip
 
 
-def numbered(records: list[Record]) -> list[Scored]:
-    """The losses of the validation rows at each run's best step. Rows are known by their tokens and their number among
-    them, because a file may have another name in another run."""
-    table = []
-    for record in records:
-        lines, numbers = record.tables.get(record.verdict.best["step"], []), {}
-        for line in lines:
-            number = numbers.setdefault(line.row, len(numbers))
-            table.append(line._replace(row=f"{record.run['val_rows']} {number}"))
-    return table
+def paired(one: Candidate, other: Candidate, comparisons: int, step: int | None = None) -> Difference | None:
+    ours, theirs = one.values("eval/loss", step), other.values("eval/loss", step)
+    seeds = [seed for seed in common_seeds(one, other) if seed in ours and seed in theirs]
+    return difference(*([losses[seed] for seed in seeds] for losses in (ours, theirs)), comparisons) if seeds else None
 
 
-def lowest(comparisons: list[Comparison]) -> list[Comparison]:
+def over_rows(pairs: list[tuple[Record, Record]], comparisons: int) -> tuple[float, float] | None:
+    """At each run's best step. A row is known by its place among the others, for its file may have another name."""
+    ours, theirs = [], []
+    for pair in pairs:
+        tables = [record.tables.get(record.verdict.best["step"], []) for record in pair]
+        ours += [line._replace(row=other.row) for line, other in zip(*tables, strict=False)]
+        theirs += tables[1]
+    rise, error = rise_of(theirs, ours, PARTS)
+    half = error * stats.norm.ppf(1 - LEVEL / comparisons / 2)
+    return (rise, half) if math.isfinite(half) else None
+
+
+def lowest(comparisons: list[Comparison]) -> list[Candidate]:
     """Those that did not diverge, the lowest mean loss first."""
     sound = [one for one in comparisons if one.losses and not one.candidate.diverged]
-    return sorted(sound, key=lambda one: statistics.fmean(one.losses.values()))
+    return [one.candidate for one in sorted(sound, key=lambda one: statistics.fmean(one.losses.values()))]
 
 
-def best_two(comparisons: list[Comparison]) -> tuple[str, str, Difference] | None:
-    """The two lowest candidates beside the first one, and their difference: of all pairs that could have been these."""
-    ranked = [one for one in lowest(comparisons) if one.best]
-    if len(ranked) < 2:
-        return None
-    (a, b), pairs = ranked[:2], math.comb(len(comparisons), 2)
-    both = [seed for seed in a.losses if seed in b.losses]
-    if not both:
-        return None
-    found = difference([a.losses[seed] for seed in both], [b.losses[seed] for seed in both], pairs)
-    return a.candidate.name, b.candidate.name, found
+def best_two(candidates: list[Candidate]) -> tuple[str, str, Difference] | None:
+    """The two lowest beside the first one, and their difference, corrected for all pairs: they were chosen by it."""
+    ranked = [one for one in lowest(compare(candidates)) if one is not candidates[0]][:2]
+    found = paired(*ranked, math.comb(len(candidates), 2)) if len(ranked) == 2 else None
+    return (*(one.name for one in ranked), found) if found else None
 
 
 # Settings in which runs of one candidate may differ: the seeds, the place, and what does not act on the result.
@@ -177,9 +173,10 @@ def by_seed(records: list[Record], names: list[str]) -> list[Candidate]:
         if len(set(seeds)) < len(seeds):  # the same run twice, on another machine perhaps
             found |= {n: candidate_of(names[n], {records[n].run["seed"]: records[n]}) for n in numbers}
             continue
-        *others, last = sorted(names[n] for n in numbers)  # ema-42 and ema-43 are ema
-        size = next((i for i, (a, b) in enumerate(zip((others or [last])[0], last, strict=False)) if a != b), len(last))
-        name = re.sub(r"[-_. /]*\d*$", "", last[:size]) or last
+        letters = zip(*(names[n] for n in numbers), strict=False)
+        alike = itertools.takewhile(lambda each: len(set(each)) == 1, letters)
+        common = re.sub(r"[-_. /]*\d*$", "", "".join(each[0] for each in alike))  # ema-42 and ema-43 are ema
+        name = common if common and len(numbers) > 1 else names[numbers[0]]
         found[numbers[0]] = candidate_of(name, {seed: records[n] for seed, n in zip(seeds, numbers, strict=True)})
     return [found[number] for number in sorted(found)]
 
