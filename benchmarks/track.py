@@ -2,7 +2,7 @@
 
     python benchmarks/track.py outputs/track --jobs 2                  # some 90 minutes on two cores; goes on if cut
     python benchmarks/track.py outputs/track --only ema schedule_free  # these, and the baseline
-    python benchmarks/track.py outputs/track --against my_step.py      # one more
+    python benchmarks/track.py outputs/track --only --against my_step.py
 
 Prints the table of track.md.
 """
@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.base.files import write_json  # noqa: E402
-from tools.race import read_candidate, test_loss  # noqa: E402
+from tools import race  # noqa: E402
 from tools.reports.record import read_record  # noqa: E402
 
 SEEDS = (42, 43, 44, 45, 46)
@@ -42,13 +41,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     against = [f"{name}={CANDIDATES[name]}" for name in args.only] + args.against
-    race = [*FLAGS.split(), "--split-by-seed", "--seeds", *map(str, SEEDS), "--jobs", str(args.jobs)]
-    race += [part for one in against for part in ("--against", one)]
-    command = [sys.executable, "-m", "tools.race", *race, "--out", str(args.folder.resolve())]
-    done = subprocess.run(command, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    print(table(args.folder, ["tiny", *(read_candidate(one, [])[0] for one in against)]))
+    sys.argv = ["race", *FLAGS.split(), "--split-by-seed", "--seeds", *map(str, SEEDS), "--jobs", str(args.jobs)]
+    sys.argv += [*(part for one in against for part in ("--against", one)), "--out", str(args.folder)]
+    race.main()
+    print(table(args.folder, ["tiny", *(race.read_candidate(one, list(SEEDS))[0] for one in against)]))
 
 
 def table(folder: Path, names: list[str]) -> str:
@@ -56,31 +52,29 @@ def table(folder: Path, names: list[str]) -> str:
     speeds = {name: [read_record(folder / f"{name}-{seed}").tokens_per_s for seed in SEEDS] for name in names}
     rows, base = [], losses["tiny"]
     for name, found in losses.items():
-        apart = [found[seed] - base[seed] for seed in SEEDS]
+        apart = [ours - theirs for ours, theirs in zip(found, base, strict=True)]
         mean, error = statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
         ratio = statistics.median(a / b for a, b in zip(speeds["tiny"], speeds[name], strict=True))
-        values = [*found.values()]
-        verdict = "**record**" if mean < -2 * error else "worse" if mean > 2 * error else "cannot be told"
-        minus = f"{mean:+.4f} ± {2 * error:.4f}, lower in {sum(one < 0 for one in apart)} | {verdict}"
-        line = f"| {name} | {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} | "
-        line += minus if name != "tiny" else "| the baseline"
-        rows.append((statistics.fmean(values), f"{line} | × {ratio:.2f} |"))
-    head = [
-        "| candidate | test loss, mean ± sd of 5 | minus the baseline's ± 2 se | | time of a token |",
-        "|---|---|---|---|---|",
-    ]
+        verdict = "**record**" if mean < -2 * error else "worse" if mean > 2 * error else "not told"
+        minus = f"{mean:+.4f} ± {2 * error:.4f} | {sum(one < 0 for one in apart)} of 5 | {verdict}"
+        line = f"| `{name}` | {statistics.fmean(found):.4f} ± {statistics.stdev(found):.4f} | "
+        line += minus if name != "tiny" else "| | the baseline"
+        rows.append((statistics.fmean(found), f"{line} | × {ratio:.2f} |"))
+    head = ["| candidate | test loss, mean ± sd | minus the baseline's ± 2 se | lower in | | time of a token |"]
+    head.append("|---|---|---|---|---|---|")
     return "\n".join(head + [line for _, line in sorted(rows)])
 
 
-def losses_of(folder: Path, name: str) -> dict[int, float]:
-    """Test losses of a candidate by seed, of the exported models; measured once, and kept in track.json."""
+def losses_of(folder: Path, name: str) -> list[float]:
+    """Test losses of a candidate's exported models, by seed; measured once, and kept in track.json."""
     path = folder / "track.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for seed in SEEDS:
-        if f"{name}-{seed}" not in known:
-            known[f"{name}-{seed}"] = test_loss(folder / f"{name}-{seed}")
+    for run in (folder / f"{name}-{seed}" for seed in SEEDS):
+        began = read_record(run).launches[0]["began"]
+        if known.get(run.name, {}).get("began") != began:
+            known[run.name] = {"began": began, "loss": race.test_loss(run)}
             write_json(path, known)
-    return {seed: known[f"{name}-{seed}"] for seed in SEEDS}
+    return [known[f"{name}-{seed}"]["loss"] for seed in SEEDS]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from data.base.errors import UserError
-from data.encode import Example
+from data.encode import Example, token_ids
+from data.template import generation_prompt
 
 
 def reply_row(dialogue: list[dict], prompt: list[int], reply: list[int], tokenizer) -> dict:
@@ -18,7 +19,7 @@ def reply_row(dialogue: list[dict], prompt: list[int], reply: list[int], tokeniz
 def read_replies(paths: tuple[str, ...], tokenizer) -> list[Example]:
     """One Example for each reply, with one part, `reply`. Raises UserError if a file has something else, or was written
     with another tokenizer."""
-    rows, names = [], [Path(path).stem for path in paths]
+    rows, seen, names = [], set(), [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
         raise UserError("--forget has two files of one name, which would be one figure")
     for path in map(Path, paths):
@@ -31,16 +32,22 @@ def read_replies(paths: tuple[str, ...], tokenizer) -> list[Example]:
             try:
                 row = json.loads(line)
                 ids, length, text = row["input_ids"], row["prompt_length"], row["messages"][-1]["content"]
-                is_whole = 0 < length < len(ids) and all(isinstance(one, int) and one >= 0 for one in ids)
-            except (ValueError, LookupError, TypeError):
+                dialogue = row["messages"][:-1]
+                is_whole = type(length) is int and 0 < length < len(ids)
+                is_whole = is_whole and all(type(one) is int and 0 <= one < 2**31 for one in ids)
+                prompt = generation_prompt(dialogue, tokenizer) if is_whole else ""
+            except Exception:  # what a template says of messages that are none
                 is_whole = False
             if not is_whole:
                 raise UserError(f"--forget {path}, line {number}: not a reply that tools.replay --sample wrote")
-            if tokenizer.decode(ids[length:]) != text:
+            if token_ids([prompt], tokenizer)[0] != ids[:length] or tokenizer.decode(ids[length:]) != text:
                 raise UserError(
                     f"--forget {path}, line {number}: its tokens are another text here, so it was written by a model "
                     "with another tokenizer; make it with tools.replay --sample and this model"
                 )
+            if tuple(ids) in seen:  # it would count twice, as if it were another
+                continue
+            seen.add(tuple(ids))
             part = ("reply", 0, len(ids) - length)
             rows.append(Example(torch.tensor(ids), length, length, place, own_parts=(part,)))
     return rows

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -55,6 +56,7 @@ def test_one_seed_and_equal_losses_are_called_what_they_are():
 
 def test_so_many_seeds_more_tell_a_difference_in_four_of_five_races():
     """The number that is said, tried: races with that many seeds and the same mean and deviation."""
+    assert difference([0.1, 0.3], [0.0, 0.0]).more is None  # the deviation of two is not known
     for apart in (-0.5, -0.8, -1.5):
         each = [apart + value for value in (-1.2, -0.4, 0.4, 1.2)]
         found = difference(each, [0.0] * 4)
@@ -67,12 +69,18 @@ def test_so_many_seeds_more_tell_a_difference_in_four_of_five_races():
     assert difference([0.001, -0.001, 0.002], [0.0, 0.0, 0.0019]).more is None
 
 
+def candidate(name: str, status: str = "completed") -> Candidate:
+    """Of three runs, of which two have the status."""
+    states = ("completed", status, status)
+    return Candidate(name, {n: SimpleNamespace(status=state, run={"seed": n}) for n, state in enumerate(states)})
+
+
 @pytest.mark.parametrize(
     ("language", "words"),
     [
-        ("en", {"lower": "lower by 1.0000 ± 0.", "higher": "higher by 1.0000", "open": "no difference can be told: +0.",
+        ("en", {"lower": "lower by 1.0000 ± 0.", "higher": "higher by 1.0000", "open": "no difference was shown: +0.",
                 "one": "+1.0000 with one seed", "equal": "the same losses in all 3 seeds"}),
-        ("zh", {"lower": "更低 1.0000 ± 0.", "higher": "更高 1.0000", "open": "看不出差别：+0.",
+        ("zh", {"lower": "低 1.0000 ± 0.", "higher": "高 1.0000", "open": "看不出差别：+0.",
                 "one": "+1.0000，只有一个种子", "equal": "3 个种子的损失逐位相同"}),
     ],
 )  # fmt: skip
@@ -82,12 +90,16 @@ def test_each_verdict_is_said_in_both_languages(language, words):
               "equal": [0.0, 0.0, 0.0]}  # fmt: skip
     for kind, each in losses.items():
         found = difference(each, [0.0] * len(each))
-        one = Comparison(Candidate("b", dict.fromkeys(range(3))), {}, found, (found.mean, 9.0), None, None)
+        one = Comparison(candidate("b"), {}, len(each), found, (found.mean, 9.0), None, None)
         text = said.verdict(one).strip()
         assert found.kind == kind and words[kind] in text and "\n" not in text, text
         unsure = {"en": "so for other rows it is not sure", "zh": "换一批样本未必成立"}[language]
         assert (unsure in text) == (kind in ("lower", "higher"))
         assert said.between(("a", "b", found)).strip().count("\n") == 0
-    diverged = said.verdict(one._replace(candidate=Candidate("b", dict.fromkeys(range(3)), (1, 2)))).strip()
+    diverged = said.verdict(one._replace(candidate=candidate("b", "diverged"))).strip()
     assert {"en": "diverged in 2 of 3 runs", "zh": "3 次训练中有 2 次发散"}[language] in diverged
-    assert said.verdict(one._replace(best=None, rows=None)).strip()
+    for pairs, why in (
+        (0, {"en": "no seed in common", "zh": "没有相同的种子"}),
+        (3, {"en": "other validation rows", "zh": "验证样本不同"}),
+    ):
+        assert why[language] in said.verdict(one._replace(best=None, rows=None, pairs=pairs))

@@ -21,7 +21,7 @@ from tools.report import write_comparison, write_report
 from tools.shared.ask import Local
 
 ARGS = "--dataset sample:60 --val-fraction 0.3 --max-steps 6 --eval-steps 3 --save-steps 3 --logging-steps 3 "
-ARGS += "--num-samples 0 --language en"
+ARGS += "--num-samples 1 --sample-max-new-tokens 2 --language en"
 
 
 def arguments(model, files, folder, strategy: str = "one") -> list[str]:
@@ -152,13 +152,20 @@ def test_what_cannot_be_measured_is_refused_by_file_and_line(files, small_folder
     ids = tokenizer("甲\u2028乙\x85丙")["input_ids"]  # ends of lines to Python, but not to JSON
     row = reply_row(good["messages"][:-1], good["input_ids"][: good["prompt_length"]], ids, tokenizer)
     (tmp_path / "ends.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copy(tmp_path / "ends.jsonl", tmp_path / "again.jsonl")
+    assert len(read_replies((str(tmp_path / "ends.jsonl"), str(tmp_path / "again.jsonl")), tokenizer)) == 1
     assert read_replies((str(tmp_path / "ends.jsonl"),), tokenizer)[0].input_ids.tolist() == row["input_ids"]
     cases = {
         "not a reply that tools.replay --sample wrote": [
             b"{", b"[]", b"\xff", {**good, "prompt_length": len(good["input_ids"])}, {"messages": []},
             {**good, "input_ids": ["a"]}, {**good, "input_ids": [-1, 5]}, {**good, "prompt_length": "1"},
+            {**good, "prompt_length": 3.0}, {**good, "input_ids": [*good["input_ids"], 10**12]},
+            {**good, "messages": 3},
         ],
-        "another tokenizer": [{**good, "messages": [*good["messages"][:-1], {**said, "content": "别的"}]}],
+        "another tokenizer": [
+            {**good, "messages": [*good["messages"][:-1], {**said, "content": "别的"}]},
+            {**good, "input_ids": [10**7, *good["input_ids"][1:]]},
+        ],
     }  # fmt: skip
     for message, rows in cases.items():
         for row in rows:
@@ -179,7 +186,7 @@ def test_reports_and_mixtures_show_it(whole, files, small_folder, tmp_path, tool
     shutil.copytree(whole("one"), folder)
     last = [row for row in metrics_of(folder) if "forget/kl" in row][-1]
     text = write_report(folder).read_text(encoding="utf-8")
-    assert f"is {last['forget/kl']:+.4f} ± {last['forget/kl_error']:.4f} nats a token higher at the best" in text
+    assert f"rose by {last['forget/kl']:.4f} ± {last['forget/kl_error']:.4f} nats a token until the best" in text
     assert (folder / "report" / "forget.png").exists() and "遗忘" in write_report(folder, "zh").read_text("utf-8")
     shutil.copytree(folder, tmp_path / "b" / "other")
     page = write_comparison([folder, tmp_path / "b" / "other"], "en", tmp_path / "both").read_text(encoding="utf-8")

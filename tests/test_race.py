@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -31,7 +32,8 @@ def whole(tmp_path_factory):
 def figures(out) -> dict:
     """What is concluded, without times."""
     found = json.loads((out / "runs.json").read_text())
-    return {**found, "candidates": [{**one, "time": None} for one in found["candidates"]]}
+    test = found["test"] and {**found["test"], "runs": sorted(found["test"]["runs"])}
+    return {**found, "test": test, "candidates": [{**one, "time": None} for one in found["candidates"]]}
 
 
 def test_every_candidate_runs_with_every_seed_and_is_compared(whole):
@@ -129,6 +131,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
 def test_what_cannot_be_raced_is_refused_before_anything_is_trained(tmp_path, whole):
     step = tmp_path / "wrong.py"
     step.write_text("def micro_batch_loss(model, micro_batch, batch, config):\n    return 1 / 0\n")
+    (dry := tmp_path / "dry.yaml").write_text("dry_run: true\n")
     cases = [
         (arguments(tmp_path / "a", against=(tmp_path / "none.py",)), "there is no step file"),
         (arguments(tmp_path / "a", against=(step,)), "wrong-42 cannot be trained"),
@@ -136,7 +139,15 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_trained(tmp_path, wh
         (arguments(tmp_path / "a", against=("recipes/ema.py", "recipes/ema.py")), "two candidates have the name ema"),
         (arguments(tmp_path / "a", "--seed", "7", against=()), "--seed is what the race sets itself"),
         (arguments(tmp_path / "a", against=("--output_dir=x",)), "--output_dir=x is what the race sets itself"),
-        (arguments(tmp_path / "a", against=("x=--seeds 7",)), "x has 1 seeds of its own; it needs 2"),
+        (arguments(tmp_path / "a", against=("x=--seeds 7",)), "as many seeds as the race has are needed, 2"),
+        (arguments(tmp_path / "a", against=("x=--seeds 7 7",)), "different ones"),
+        (arguments(tmp_path / "a", against=("x=--seeds a b",)), "different ones"),
+        (arguments(tmp_path / "a", against=("it's",)), "is no command line"),
+        (arguments(tmp_path / "a", "--launch", "'x"), "is no command line"),
+        (arguments(tmp_path / "a", against=("",)), "no --against is empty"),
+        (arguments(tmp_path / "a", against=("Tiny=--weight-decay 1",)), "two candidates have the name Tiny"),
+        (arguments(tmp_path / "a", against=("--config " + str(dry),)), "dry_run trains nothing"),
+        (arguments(step), "--out is a folder"),
         (arguments(tmp_path / "a", "--jobs", "0"), "--jobs is at least 1"),
         (arguments(whole[0], "--weight-decay", "0.1"), "was trained with another weight_decay"),
     ]
@@ -144,6 +155,52 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_trained(tmp_path, wh
         done = Race(args, tmp_path / "log").wait()
         assert done.codes[0] in (1, 2) and message in done.output and "Traceback" not in done.output, done.output
         assert not [*(tmp_path / "a").glob("*/checkpoints")]
+
+
+def test_a_race_can_be_moved_and_its_test_rows_stay_used_up(whole, tmp_path):
+    """In another folder, and with a candidate less: what was measured stays, and it says that this was before."""
+    out = tmp_path / "moved"
+    shutil.copytree(whole[0], out)
+    assert Race(arguments(out), tmp_path / "log").wait().codes == [0], (tmp_path / "log").read_text()
+    assert figures(out)["candidates"] == figures(whole[0])["candidates"]
+    test = json.loads((out / "test.json").read_text())
+    other = next(name for name in ("ema", "fast") if name not in test["losses"])
+    done = Race(arguments(out, against=[one for one in AGAINST if other in one]), tmp_path / "log").wait()
+    assert done.codes == [0] and "and not again for what was changed or added since" in (out / "runs.md").read_text()
+    assert json.loads((out / "test.json").read_text()) == test
+    (out / "test.json").write_text("{")
+    assert "cannot be read; put it back" in Race(arguments(out), tmp_path / "log").wait().output
+
+
+def test_rows_without_thinking_and_losses_that_are_not_finite_are_no_error(whole, tmp_path):
+    """Nor a run from before the losses of rows were kept, beside one that has them."""
+    out = tmp_path / "runs"
+    for name in ("tiny-42", "tiny-43", "ema-42", "ema-43"):
+        shutil.copytree(whole[0] / name, out / name)
+        path = out / name / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row | {"eval/think_loss": "nan"} if "eval/loss" in row else row for row in rows]
+        if name == "ema-43":
+            rows = [
+                row | {"eval/loss": "nan", "eval/weighted_loss": "nan"} if row["step"] == 4 else row for row in rows
+            ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "tiny-42" / "eval_rows.jsonl").unlink()
+    text = write_comparison(sorted(out.iterdir()), "en", tmp_path / "page").read_text()
+    assert "| loss of thinking, answer, at the best step | -, " in text
+    found = json.loads((tmp_path / "page/runs.json").read_text())["candidates"][1]
+    of_43 = (
+        found["losses"]["43"] - json.loads((tmp_path / "page/runs.json").read_text())["candidates"][0]["losses"]["43"]
+    )
+    assert found["rows"][0] == pytest.approx(of_43, rel=1e-6)
+
+
+def test_groups_of_runs_keep_names_of_their_own(whole, tmp_path):
+    """exp-1 and exp-2 of another step file are no `exp` both."""
+    for name, source in (("exp-1", "tiny-42"), ("exp-2", "ema-42"), ("run-1", "fast-42"), ("run-2", "fast-43")):
+        shutil.copytree(whole[0] / source, tmp_path / "runs" / name)
+    text = write_comparison(sorted((tmp_path / "runs").iterdir()), "en", tmp_path).read_text()
+    assert "| | exp-1 | exp-2 | run |" in text
 
 
 def test_an_edited_step_file_is_not_shown_under_its_old_figures(tmp_path):
@@ -154,7 +211,7 @@ def test_an_edited_step_file_is_not_shown_under_its_old_figures(tmp_path):
     assert done.codes == [0] and "with one seed, which says nothing about other seeds" in done.output, done.output
     step.write_text(step.read_text().replace("0.5", "0.25"))
     done = Race(args, tmp_path / "log").wait()
-    assert done.codes == [1] and "own-42 was trained with another step_file" in done.output
+    assert done.codes == [1] and "own-42 was trained with another step file" in done.output
 
 
 def test_a_candidate_may_have_seeds_of_its_own(tmp_path):

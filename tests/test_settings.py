@@ -10,6 +10,7 @@ from ranks import run
 from runs import curve
 
 from data.replies import reply_row
+from data.template import generation_prompt
 from loop.config import TrainConfig
 from model.qwen3 import load_tokenizer
 
@@ -94,7 +95,8 @@ def files(tmp_path_factory, small_folder):
         "liked": [{"id": "1", "verdict": "like", "messages": messages}, *rows[:9]],
     }
     tokenizer = load_tokenizer(str(small_folder))
-    contents["forget"] = [reply_row(messages[:1], [5, 6, n], [7, 8, 9], tokenizer) for n in range(3)]
+    prompt = tokenizer(generation_prompt(messages[:1], tokenizer), add_special_tokens=False)["input_ids"]
+    contents["forget"] = [reply_row(messages[:1], prompt, [7, 8, n], tokenizer) for n in (9, 10, 11)]
     for name, lines in contents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return {name: folder / f"{name}.jsonl" for name in contents} | {"small": small_folder}

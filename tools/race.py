@@ -35,14 +35,14 @@ from data.base.files import write_json
 from data.base.language import speak, tr
 from data.encode import encode_rows
 from loop.config import TrainConfig
-from loop.record.ledger import add_lines, settings_of, step_file_of
+from loop.record.ledger import LEFT_OUT, add_lines, settings_of, step_file_of
 from loop.record.run_folder import FINISHED, is_held, read_run, read_status
 from loop.score import loss_of, score
 from loop.start.command_line import parse_config
 from loop.start.step_file import sha256_of, step_path
 from model.qwen3 import load_tokenizer
-from tools.report import TEMPLATES, write_candidates
-from tools.reports.candidates import Candidate, candidate_of, compare, difference, lowest, method_of
+from tools.report import write_candidates
+from tools.reports.candidates import NAMES, ROWS, Candidate, compare, difference, lowest, method_of
 from tools.reports.record import read_record
 from tools.shared.runs import accelerator_of, load_to_score, read_side
 
@@ -79,41 +79,54 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     words = iter(sys.argv[1:])  # a candidate may be a single flag, which argparse would take for its own
     joined = [f"{word}={next(words, '')}" if word == "--against" else word for word in words]
     args, flags = parser.parse_known_args(joined)
-    if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--jobs is at least 1, and each seed is named once")
+    if args.jobs < 1 or args.out.is_file() or len(set(args.seeds)) < len(args.seeds) or "" in args.against:
+        parser.error("--jobs is at least 1, --out is a folder, each seed is named once, and no --against is empty")
     return args, flags
 
 
 def read_candidate(text: str, seeds: list[int]) -> tuple[str, list[str], list[int]]:
-    """Of a candidate of --against its name, flags, and seeds: the race's, or as many of its own."""
-    named = re.match(r"(\w[\w-]*)=(?=\S)", text)
-    words = shlex.split(text[named.end() :] if named else text)
-    flags = ["--step-file", *words] if words and words[0].endswith(".py") else words
+    """Of a candidate of --against its name, flags, and seeds: the race's, or as many of its own. Raises UserError."""
+    named = re.match(r"(\w[\w.-]*)=(?=\S)", text)
+    words = split(text[named.end() :] if named else text)
+    flags = ["--step-file", *words] if words[0].endswith(".py") else words
     if "--seeds" in flags:  # its own, to see what seeds alone do
         start = flags.index("--seeds")
         end = next((n for n in range(start + 1, len(flags)) if flags[n].startswith("--")), len(flags))
-        flags, seeds = flags[:start] + flags[end:], [*map(int, flags[start + 1 : end])]
+        own = [int(word) for word in flags[start + 1 : end] if word.isdecimal()]
+        if len(set(own)) != len(seeds) or len(own) != end - start - 1:
+            raise UserError(
+                f"--against {text!r}: as many seeds as the race has are needed, {len(seeds)} different ones"
+            )
+        flags, seeds = flags[:start] + flags[end:], own
     short = "-".join(Path(word).stem if word.endswith(".py") else word.lstrip("-") for word in words)
-    return named[1] if named else re.sub(r"[^\w.=+-]+", "-", short).strip("-"), flags, seeds
+    return named[1] if named else re.sub(r"[^\w.=+-]+", "-", short).strip("-")[:60], flags, seeds
+
+
+def split(text: str) -> list[str]:
+    try:
+        return shlex.split(text) or [text]
+    except ValueError as error:
+        raise UserError(f"{text!r} is no command line: {error}") from None
 
 
 def plan(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[int, Run]]:
     """name -> seed of the race -> run. Raises UserError, or exits as train.py does, if a command line is wrong."""
     preset = flags[0] if flags and not flags[0].startswith("-") else "medical"
     candidates = [(preset, [], args.seeds), *(read_candidate(text, args.seeds) for text in args.against)]
-    start, runs = [*(shlex.split(args.launch) or [sys.executable]), str(TRAIN)], {}
+    start, runs = [*(split(args.launch) if args.launch else [sys.executable]), str(TRAIN)], {}
     for name, more, seeds in candidates:
-        if name in runs:
+        if name.casefold() in map(str.casefold, runs):  # one folder on some systems
             raise UserError(f"two candidates have the name {name}; put another in front: NAME=...")
         if taken := [flag for flag in (*flags, *more) if flag.split("=")[0].replace("_", "-") in OWN]:
             raise UserError(f"{taken[0]} is what the race sets itself")
-        if len(seeds) != len(args.seeds):
-            raise UserError(f"{name} has {len(seeds)} seeds of its own; it needs {len(args.seeds)}")
         runs[name] = {}
         for pair, seed in zip(args.seeds, seeds, strict=True):
             folder = args.out / f"{name}-{seed}"
             own = [*flags, *more, "--seed", str(seed), "--output-dir", str(folder), "--run-name", folder.name]
-            runs[name][pair] = Run(folder, start, own + (["--split-seed", str(seed)] if args.split_by_seed else []))
+            run = Run(folder, start, own + (["--split-seed", str(seed)] if args.split_by_seed else []))
+            if run.config.dry_run:
+                raise UserError("dry_run trains nothing, so there is nothing to compare")
+            runs[name][pair] = run
     return runs
 
 
@@ -146,18 +159,18 @@ class Runner:
             raise UserError(f"{run.folder.name} cannot be trained: {said}")
 
     def train(self, run: Run) -> None:
-        while is_held(run.folder) and not self.stopping.wait(1):  # by what was started before the race was killed
-            pass
-        if self.stopping.is_set() or run.is_over:
-            return
-        code, said = self.start([*run.start, *run.flags, "--resume"], run)
-        if self.stopping.is_set():
-            return
-        if not run.is_over:
-            raise UserError(f"{run.folder.name} ended with status {code}: {said}")
-        status = read_status(run.folder)
-        loss = status.get("best_loss")
-        say(tr("{}: {}, best loss {}", run.folder.name, tr(status["status"]), "-" if loss is None else f"{loss:.4f}"))
+        if is_held(run.folder):  # by what was started before the race was killed, or by another race
+            say(tr("{} is being trained by another process: waiting for it", run.folder.name))
+        while not run.is_over and not self.stopping.is_set():
+            if is_held(run.folder):
+                self.stopping.wait(1)
+                continue
+            code, said = self.start([*run.start, *run.flags, "--resume"], run)
+            if not run.is_over and not self.stopping.is_set() and not is_held(run.folder):
+                raise UserError(f"{run.folder.name} ended with status {code}: {said}")
+            status = read_status(run.folder)
+            loss = f"{status['best_loss']:.4f}" if status.get("best_loss") is not None else "-"
+            say(tr("{}: {}, best loss {}", run.folder.name, tr(status.get("status", "-")), loss))
 
     def stop(self) -> None:
         self.stopping.set()
@@ -180,49 +193,53 @@ class Runner:
                 raise
 
 
-def read_results(runs: dict[str, dict[int, Run]], with_rows: bool) -> list[Candidate]:
-    """Raises UserError if the runs of one candidate are not of one method, or with_rows not of the same rows."""
-    found = []
-    for name, by_seed in runs.items():
-        records = {seed: read_record(run.folder) for seed, run in by_seed.items()}
-        if len({method_of(record, with_rows) for record in records.values()}) > 1:
-            raise UserError(f"the runs of {name} have different code or settings; name another --out")
-        found.append(candidate_of(name, records))
+def read_results(runs: dict[str, dict[int, Run]], but: set[str]) -> list[Candidate]:
+    """Raises UserError if the runs of one candidate are not of one method. but: in what they may differ."""
+    found = [Candidate(name, {seed: read_record(run.folder) for seed, run in by_seed.items()})
+             for name, by_seed in runs.items()]  # fmt: skip
+    for one in found:
+        if len({method_of(record, but) for record in one.runs.values()}) > 1:
+            raise UserError(f"the runs of {one.name} have different code, settings or rows; name another --out")
     return found
 
 
-def check_unchanged(out: Path, runs: dict[str, dict[int, Run]]) -> None:
-    """Writes down what the race trains. Raises UserError if a run of an earlier launch was another: what is finished
-    would be shown under the new command."""
-    asked, known = out / "race.json", {}
+def check_unchanged(runs: dict[str, dict[int, Run]]) -> None:
+    """Raises UserError if a run is there already and was another: it would be shown under the new command."""
+    left_out = LEFT_OUT | NAMES | {"max_time", "swanlab_project"}
     for run in (run for by_seed in runs.values() for run in by_seed.values()):
+        if not (run.folder / "run.json").exists():
+            continue
+        was, now = read_run(run.folder), json.loads(json.dumps(dataclasses.asdict(run.config)))
+        changed = [name for name in now if name not in left_out and was.get(name, now[name]) != now[name]]
+        changed += ["max_steps"] if now["max_steps"] not in (-1, was["max_steps"]) else []
         file = step_path(run.config.step_file)
-        settings = json.loads(json.dumps(dataclasses.asdict(run.config)))
-        known[run.folder.name] = settings | {"sha256": sha256_of(file) if file.is_file() else ""}
-    before = json.loads(asked.read_text(encoding="utf-8")) if asked.exists() else {}
-    for name in known.keys() & before.keys():
-        other = [key for key in known[name] if known[name][key] != before[name].get(key, known[name][key])]
-        if other and (out / name / "run.json").exists():
-            what = "step_file" if other == ["sha256"] else ", ".join(other)
-            raise UserError(f"{out / name} was trained with another {what}; name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(asked, before | known)
+        if changed or (file.is_file() and sha256_of(file) != was["step_files"][-1]["sha256"]):
+            what = ", ".join(changed) or "step file"
+            raise UserError(f"{run.folder} was trained with another {what}; name another --out")
 
 
 def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
-    """The test losses of the first candidate and of the best other one, measured once; without test rows None."""
+    """The test losses of the first candidate and of the best other one. Measured once; when another pair would be
+    measured, or other runs of it, `is_old` says so. None without test rows."""
     path, first = out / "test.json", candidates[0]
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
     ranked = [one for one in lowest(compare(candidates)) if one is not first]
-    if not ranked or not any((record.folder / "data" / "test.jsonl").exists() for record in first.runs.values()):
+    pair = [first, *ranked[:1]]
+    began = {record.folder.name: record.launches[0]["began"] for one in pair for record in one.runs.values()}
+    if path.exists():
+        try:
+            test = json.loads(path.read_text(encoding="utf-8"))
+            return test | {"is_old": test["runs"] != began}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, what was measured on the test rows, cannot be read; put it back") from None
+    have_rows = all((record.folder / "data" / "test.jsonl").exists() for one in pair for record in one.runs.values())
+    if not ranked or not have_rows:
         return None
-    best, seeds = ranked[0], [seed for seed in first.runs if seed in ranked[0].runs]
-    losses = {one.name: [test_loss(one.runs[seed].folder) for seed in seeds] for one in (first, best)}
-    test = {"date": time.strftime("%Y-%m-%d"), "losses": losses}
-    test["difference"] = difference(losses[best.name], losses[first.name])._asdict()
+    seeds = [seed for seed in first.runs if seed in ranked[0].runs]
+    losses = {one.name: [test_loss(one.runs[seed].folder) for seed in seeds] for one in pair}
+    test = {"date": time.strftime("%Y-%m-%d"), "runs": began, "losses": losses}
+    test["difference"] = difference(losses[ranked[0].name], losses[first.name])._asdict()
     write_json(path, test)
-    return test
+    return test | {"is_old": False}
 
 
 def test_loss(run_dir: Path) -> float:
@@ -235,20 +252,18 @@ def test_loss(run_dir: Path) -> float:
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:
-    candidates = read_results(runs, with_rows=not args.split_by_seed)
-    speak(language := next(iter(candidates[0].runs.values())).run["language"])
-    path = write_candidates(candidates, language, args.out, measure_test(args.out, candidates))
-    said, lines = TEMPLATES.get_template(f"verdict.{language}.md").module, []
-    for one in compare(candidates):
-        losses, record = [*one.losses.values()], next(iter(one.candidate.runs.values()))
-        verdict = said.verdict(one).strip() if lines else tr("the others are compared with it")
-        config = next(iter(runs[one.candidate.name].values())).config
+    candidates = read_results(runs, ROWS | {"max_steps"} if args.split_by_seed else set())
+    path, figures = write_candidates(candidates, None, args.out, measure_test(args.out, candidates))
+    lines = []
+    for one, found in zip(candidates, figures, strict=True):
+        losses, verdict = [*found["losses"].values()], found["verdict"] or tr("the others are compared with it")
+        config, record = next(iter(runs[one.name].values())).config, next(iter(one.runs.values()))
         lines.append({
             "command": shlex.join(["python", *sys.orig_argv[1:]]), "step_file": step_file_of(record.run),
             "settings": settings_of(config, with_seed=False), "n": len(losses), "mean": statistics.fmean(losses),
             "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan, "verdict": verdict,
         })  # fmt: skip
-        print(f"{one.candidate.name}: {verdict}")
+        print(f"{one.name}: {verdict}")
     add_lines(args.out, *lines, once=True)
     print(path)
 
@@ -257,7 +272,9 @@ def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> 
 def main() -> None:
     args, flags = read_arguments()
     runs = plan(args, flags)
-    check_unchanged(args.out, runs)
+    speak(next(iter(next(iter(runs.values())).values())).config.language)
+    check_unchanged(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
     Runner(args.jobs).all(runs)
     write_results(args, runs)
 

@@ -98,7 +98,9 @@ def write_report(run_dir: Path, language: str | None = None) -> Path:
         probed=[row for row in record.evaluations if is_number(row.get("think_probe/own"))],
         gains=gains(record),
         forgotten=[
-            with_error(row["forget/kl"], row["forget/kl_error"]) for row in record.verdict[2:4] if "forget/kl" in row
+            with_error(row["forget/kl"], row["forget/kl_error"], "")
+            for row in record.verdict[2:4]
+            if "forget/kl" in row
         ],
         methods=methods(record),
         changed=changed(record),
@@ -157,11 +159,14 @@ def write_comparison(run_dirs: list[Path], language: str | None, out: Path | Non
     parents = {run_dir.resolve().parent for run_dir in run_dirs}
     if out is None and len(parents) > 1:
         raise UserError("these runs lie in different folders: name one for runs.md and runs.png with --out")
-    return write_candidates(by_seed(records, names_of(run_dirs)), language, out or parents.pop())
+    path, _ = write_candidates(by_seed(records, names_of(run_dirs)), language, out or parents.pop())
+    return path
 
 
-def write_candidates(candidates: list[Candidate], language: str | None, out: Path, test: dict | None = None) -> Path:
-    """test: what a race measured on its test rows."""
+def write_candidates(
+    candidates: list[Candidate], language: str | None, out: Path, test: dict | None = None
+) -> tuple[Path, list[dict]]:
+    """The page, and the figures of each candidate. test: what a race measured on its test rows."""
     language = language or next(iter(candidates[0].runs.values())).run.get("language", "zh")
     out.mkdir(parents=True, exist_ok=True)
     comparisons, records = compare(candidates), [next(iter(one.runs.values())) for one in candidates]
@@ -182,11 +187,12 @@ def write_candidates(candidates: list[Candidate], language: str | None, out: Pat
     figures = [
         {"name": one.candidate.name, "losses": one.losses, "diverged": one.candidate.diverged,
          "best": one.best and one.best._asdict(), "rows": one.rows, "fixed": one.fixed and one.fixed._asdict(),
-         "time": one.time, "verdict": said.verdict(one).strip()} for one in comparisons
+         "time": one.time, "verdict": said.verdict(one).strip() if one is not comparisons[0] else ""}
+        for one in comparisons
     ]  # fmt: skip
     write_json(out / "runs.json", {"candidates": figures, "fixed_step": last_common_step(candidates), "test": test})
     write_text(out / "runs.md", text)
-    return out / "runs.md"
+    return out / "runs.md", figures
 
 
 def cells(one: Candidate) -> dict[str, str]:
@@ -207,7 +213,7 @@ def cells(one: Candidate) -> dict[str, str]:
     seconds, speeds = one.of(lambda record: record.wall_seconds), one.of(lambda record: record.tokens_per_s)
     names = dict.fromkeys(name for record in runs for _, found in record.own.values() for name in found)
     return {name: at_best(name) for name in names} | {
-        "seeds": ", ".join(map(str, one.runs)),
+        "seeds": ", ".join(str(record.run["seed"]) for record in runs),
         "best": at_best("eval/loss"),
         "step": f"{steps:.0f} ({epochs:.2f})",
         "last": f"{spread(one.of(lambda record: record.verdict.last['eval/loss']))} ({rise})",
@@ -238,13 +244,14 @@ def different_settings(records: list[Record]) -> dict[str, list[str]]:
     found = {name: [show(name, run[name]) for run in runs] for name in defaults if name not in NAMES | SEEDS}
     files = [" → ".join(f"{file['file']} ({file['sha256'][:8]})" for file in run["step_files"]) for run in runs]
     found |= {"step_file": files, "train_rows": [run["train_rows"] for run in runs]}
-    found["val_rows"] = [run["val_rows"] for run in runs]
+    found |= {name: [run.get(name, "-") for run in runs] for name in ("val_rows", "forget_rows")}
+    found["metric_for_best_model"] = [run.get("metric_for_best_model", "-") for run in runs]
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
 def show(name: str, value) -> str:
     """Without the folders above a file, which are private."""
-    if name in ("dataset", "val_dataset", "exam", "exclude"):
+    if name in ("dataset", "val_dataset", "exam", "exclude", "forget"):
         return " ".join(map(public_name, value))
     if name == "model":
         return name_of(value)

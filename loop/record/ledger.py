@@ -17,12 +17,13 @@ LEFT_OUT |= {field.name for field in dataclasses.fields(TrainConfig) if field.de
 
 def add_lines(folder: Path, *lines: dict, once: bool = False) -> None:
     """Appends to folder/runs.tsv; what a full disk or a folder of others refuses is a warning. Keys: COLUMNS, without
-    the date; mean and sd in nats, of the loss that chooses the best model. once: not if the line is there."""
+    the date; mean and sd in nats: of a run the loss that chose its best model, of a candidate eval/loss. once: not if
+    the line is there."""
     path = folder / "runs.tsv"
     date = time.strftime("%Y-%m-%d")
     texts = ["\t".join(clean(line.get(name, "")) for name in COLUMNS[1:]) for line in lines]
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         texts = [text for text in texts if not once or f"\t{text}\n" not in before]
         head = "" if before else "\t".join(COLUMNS) + "\n"
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:

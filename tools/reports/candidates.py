@@ -31,7 +31,7 @@ class Difference(NamedTuple):
     mean: float
     half: float  # of the interval; NaN for one seed
     lower: int  # in so many seeds
-    more: int | None  # seeds until a difference of this size is told in 4 of 5 races; None if more than MOST_SEEDS
+    more: int | None  # seeds until a difference of this size is told in 4 of 5 races; None: not known, or too many
 
     @property
     def kind(self) -> str:
@@ -53,14 +53,18 @@ def difference(ours: Sequence[float], theirs: Sequence[float], comparisons: int 
     error, degrees = [sd / math.sqrt(number) for number in numbers], [number - 1 for number in numbers]
     halves = stats.t.ppf(1 - tail, degrees) * error
     told = (halves + stats.t.ppf(POWER, degrees) * error <= abs(mean))[1:].tolist()
-    more = told.index(True) + 1 if True in told else None
+    more = told.index(True) + 1 if True in told and n > 2 else None  # of two the deviation is not known
     return Difference(n, mean, float(halves[0]), lower, more)
 
 
 class Candidate(NamedTuple):
     name: str
     runs: dict[int, Record]  # by the seed that pairs it with other candidates; each has an evaluation
-    diverged: tuple[int, ...] = ()  # seeds
+
+    @property
+    def diverged(self) -> list[int]:
+        """Seeds."""
+        return [record.run["seed"] for record in self.runs.values() if record.status == "diverged"]
 
     def values(self, name: str, step: int | None = None) -> dict[int, float]:
         """seed -> a figure at the best step of its run, or at another; where it is known."""
@@ -81,7 +85,8 @@ class Comparison(NamedTuple):
 
     candidate: Candidate
     losses: dict[int, float]  # seed -> the lowest evaluation loss
-    best: Difference | None  # None for the first one itself, and if no seed has the same validation rows
+    pairs: int  # seeds that both have
+    best: Difference | None  # None for the first one itself, and if no pair has the same validation rows
     rows: tuple[float, float] | None  # (mean difference, half of its interval) over the validation rows
     fixed: Difference | None  # at the last step that all of them have
     time: tuple[float, float, float] | None  # of a token: ratio to the first one's, mean and range over the seeds
@@ -98,8 +103,8 @@ def last_common_step(candidates: list[Candidate]) -> int | None:
     steps = [
         {row["step"] for row in record.evaluations if math.isfinite(row["eval/loss"])}
         for candidate in candidates
-        for seed, record in candidate.runs.items()
-        if seed not in candidate.diverged
+        for record in candidate.runs.values()
+        if record.status != "diverged"
     ]
     return max(set.intersection(*steps), default=0) or None if steps else None
 
@@ -107,13 +112,14 @@ def last_common_step(candidates: list[Candidate]) -> int | None:
 def compare(candidates: list[Candidate]) -> list[Comparison]:
     """Each one against the first."""
     first, step, number = candidates[0], last_common_step(candidates), max(1, len(candidates) - 1)
-    found = [Comparison(first, first.values("eval/loss"), None, None, None, None)]
+    found = [Comparison(first, first.values("eval/loss"), 0, None, None, None, None)]
     for one in candidates[1:]:
         pairs = [(one.runs[seed], first.runs[seed]) for seed in common_seeds(one, first)]
         ratios = [theirs.tokens_per_s / ours.tokens_per_s for ours, theirs in pairs if ours.train and theirs.train]
         time = (statistics.fmean(ratios), min(ratios), max(ratios)) if ratios else None
         best, fixed = paired(one, first, number), paired(one, first, number, step) if step else None
-        found.append(Comparison(one, one.values("eval/loss"), best, over_rows(pairs, number), fixed, time))
+        rows, seeds = over_rows(pairs, number), len(one.runs.keys() & first.runs.keys())
+        found.append(Comparison(one, one.values("eval/loss"), seeds, best, rows, fixed, time))
     return found
 
 
@@ -136,8 +142,9 @@ def over_rows(pairs: list[tuple[Record, Record]], comparisons: int) -> tuple[flo
     ours, theirs = [], []
     for pair in pairs:
         tables = [record.tables.get(record.verdict.best["step"], []) for record in pair]
-        ours += [line._replace(row=other.row) for line, other in zip(*tables, strict=False)]
-        theirs += tables[1]
+        if len(tables[0]) == len(tables[1]):  # a run from before they were kept has none
+            ours += [line._replace(row=other.row) for line, other in zip(*tables, strict=True)]
+            theirs += tables[1]
     rise, error = rise_of(theirs, ours, PARTS)
     half = error * stats.norm.ppf(1 - LEVEL / comparisons / 2)
     return (rise, half) if math.isfinite(half) else None
@@ -164,33 +171,30 @@ NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
 def by_seed(records: list[Record], names: list[str]) -> list[Candidate]:
     """Runs that differ in the seed alone as one candidate each, in the order of their first ones."""
     groups: dict[tuple, list[int]] = {}
-    one_split = len({record.run.get("split_seed") for record in records}) == 1
+    but = ROWS if len({record.run.get("split_seed") for record in records}) > 1 else set()
     for number, record in enumerate(records):
-        groups.setdefault(method_of(record, one_split), []).append(number)
+        groups.setdefault(method_of(record, but), []).append(number)
     found: dict[int, Candidate] = {}  # by the number of its first run
     for numbers in groups.values():
         seeds = [records[number].run["seed"] for number in numbers]
         if len(set(seeds)) < len(seeds):  # the same run twice, on another machine perhaps
-            found |= {n: candidate_of(names[n], {records[n].run["seed"]: records[n]}) for n in numbers}
+            found |= {n: Candidate(names[n], {records[n].run["seed"]: records[n]}) for n in numbers}
             continue
         letters = zip(*(names[n] for n in numbers), strict=False)
         alike = itertools.takewhile(lambda each: len(set(each)) == 1, letters)
         common = re.sub(r"[-_. /]*\d*$", "", "".join(each[0] for each in alike))  # ema-42 and ema-43 are ema
-        name = common if common and len(numbers) > 1 else names[numbers[0]]
-        found[numbers[0]] = candidate_of(name, {seed: records[n] for seed, n in zip(seeds, numbers, strict=True)})
+        taken = not common or len(numbers) == 1 or any(one.name == common for one in found.values())
+        name = names[numbers[0]] if taken else common
+        found[numbers[0]] = Candidate(name, {seed: records[n] for seed, n in zip(seeds, numbers, strict=True)})
     return [found[number] for number in sorted(found)]
 
 
-def candidate_of(name: str, runs: dict[int, Record]) -> Candidate:
-    diverged = tuple(seed for seed, record in runs.items() if record.status == "diverged")
-    return Candidate(name, runs, diverged)
+ROWS = {"train_rows", "val_rows"}  # differ if each seed draws its own split
 
 
-def method_of(record: Record, with_rows: bool = True) -> tuple:
-    """What two runs of one candidate have in common."""
+def method_of(record: Record, but: set[str]) -> tuple:
+    """What two runs of one candidate have in common. but: in what else they may differ."""
     code = tuple(str([file.get(name) for name in ("sha256", "imports", "set")]) for file in record.run["step_files"])
-    rows = (record.run["train_rows"], record.run["val_rows"]) if with_rows else ()
     known = dataclasses.asdict(TrainConfig())  # what a run wrote before a setting existed is its default
-    names = known.keys() - SEEDS - NAMES - {"step_file"}
-    settings = tuple(str((known | record.run)[name]) for name in sorted(names))
-    return code, rows, record.run["rows_per_step"], settings
+    names = (known.keys() | ROWS | {"rows_per_step"}) - SEEDS - NAMES - {"step_file"} - but
+    return code, tuple(str((known | record.run)[name]) for name in sorted(names))

@@ -203,39 +203,34 @@ def draw_groups(canvas: Canvas, path: Path, groups: list[Group]) -> None:
 def draw_runs(path: Path, candidates: list[Candidate], language: str) -> None:
     """Evaluation losses over steps, and over epochs near the best; exams and what was forgotten, if they were measured.
     Of a candidate of several runs the mean with its standard deviation, each run thin; a star marks the best."""
-    canvas = Canvas(language)
+    canvas, loss = Canvas(language), "loss, nats per target token"
     records = [record for one in candidates for record in one.runs.values()]
+    wanted = [("step", "eval/loss", "step", loss, ""), ("epoch", "eval/loss", "epoch", loss, "near the best"),
+              ("step", "exam/accuracy", "step", "", "exam accuracy"),
+              ("forget/kl", "eval/loss", "forgotten, nats per token", loss, "learned against forgotten")]  # fmt: skip
     there = {name for record in records for row in record.evaluations for name in row}
-    more = [name for name in ("exam/accuracy", "forget/kl") if name in there]
-    figure, panels = canvas.panels(2 + len(more), 6 * (2 + len(more)), 5)
-    panel_of = dict(zip(["step", "epoch", *more], panels, strict=True))
-    for number, one in enumerate(candidates):
-        style = {"color": f"C{number % 10}", "label": one.name}
-        for unit in ("step", "epoch"):
-            draw_candidate(panel_of[unit], one, unit, "eval/loss", style)
-            panel_of[unit].set(xlabel=canvas.say(unit), ylabel=canvas.say("loss, nats per target token"))
-        if "exam/accuracy" in more:
-            draw_candidate(panel_of["exam/accuracy"], one, "step", "exam/accuracy", style)
-        if "forget/kl" in more:
-            draw_candidate(panel_of["forget/kl"], one, "forget/kl", "eval/loss", style)
+    wanted = [one for one in wanted if {*one[:2]} <= there]
+    figure, panels = canvas.panels(len(wanted), 6 * len(wanted), 5)
+    for axes, (x, y, *labels) in zip(panels, wanted, strict=True):
+        for number, one in enumerate(candidates):
+            draw_candidate(axes, one, x, y, {"color": f"C{number % 10}", "label": one.name})
+        axes.set(**dict(zip(("xlabel", "ylabel", "title"), map(canvas.say, labels), strict=True)))
+        if y == "exam/accuracy":
+            canvas.percent(axes)
     low, high = near_best(records, "eval/loss")
     if high > low:
-        panels[1].set(ylim=(low - 0.1 * (high - low), high), title=canvas.say("near the best"))
+        panels[1].set(ylim=(low - 0.1 * (high - low), high))
         panels[1].set_xlim(left=min(record.verdict.best["epoch"] for record in records) / 2)
-    if "exam/accuracy" in more:
-        panel_of["exam/accuracy"].set(xlabel=canvas.say("step"), title=canvas.say("exam accuracy"))
-        canvas.percent(panel_of["exam/accuracy"])
-    if "forget/kl" in more:
-        axes = panel_of["forget/kl"]
-        axes.set(title=canvas.say("learned against forgotten"), xlabel=canvas.say("forgotten, nats per token"))
-        axes.set_ylabel(canvas.say("loss, nats per target token"))
     canvas.save(figure, path)
 
 
 def draw_candidate(axes, one: Candidate, x: str, y: str, style: dict) -> None:
     """A line through the means at the steps that all its runs have."""
-    curves = [{row["step"]: (row[x], row[y]) for row in record.evaluations if x in row and y in row}
-              for record in one.runs.values()]  # fmt: skip
+    known = [[row for row in record.evaluations if all(math.isfinite(row.get(name, math.nan)) for name in (x, y))]
+             for record in one.runs.values()]  # fmt: skip
+    curves = [{row["step"]: (row[x], row[y]) for row in rows} for rows in known]
+    if not all(curves):
+        return
     steps = sorted(set.intersection(*map(set, curves)))
     points = [[statistics.fmean(values) for values in zip(*(curve[step] for curve in curves), strict=True)]
               for step in steps]  # fmt: skip
@@ -247,6 +242,7 @@ def draw_candidate(axes, one: Candidate, x: str, y: str, style: dict) -> None:
             sds = [statistics.stdev(curve[step][1] for curve in curves) for step in steps]
             low, high = ([y + sign * sd for (_, y), sd in zip(points, sds, strict=True)] for sign in (-1, 1))
             axes.fill_between([x for x, _ in points], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    bests = [(best[x], best[y]) for record in one.runs.values() if x in (best := record.verdict.best) and y in best]
-    if bests and y == "eval/loss":
-        axes.plot(*map(statistics.fmean, zip(*bests, strict=True)), color=style["color"], marker="*", markersize=14)
+    bests = [record.verdict.best for record in one.runs.values()]
+    if y == "eval/loss" and all(x in best for best in bests):
+        star = [statistics.fmean(best[name] for best in bests) for name in (x, y)]
+        axes.plot(*star, color=style["color"], marker="*", markersize=14)
