@@ -26,7 +26,8 @@ ARGS += "--num-samples 1 --sample-max-new-tokens 2 --language en"
 
 def arguments(model, files, folder, strategy: str = "one") -> list[str]:
     """With the same rows in a step for every strategy."""
-    batch = ["--gradient-accumulation-steps", "4" if strategy == "one" else "2"]
+    batch = ["--gradient-accumulation-steps", "2" if strategy[-1] == "2" else "4"]
+    batch += ["--lora-rank", "4", "--learning-rate", "0.05"] if strategy == "lora" else []
     return ["tiny", *ARGS.split(), *batch, "--model", model, "--forget", *files, "--output-dir", folder]
 
 
@@ -102,16 +103,18 @@ def whole(files, small_folder, tmp_path_factory):
     @functools.cache
     def folder_of(strategy: str):
         folder = tmp_path_factory.mktemp(strategy) / "run"
-        done = run(arguments(small_folder, files, folder, strategy), strategy, log=folder.parent / "log")
+        launch = "one" if strategy == "lora" else strategy
+        done = run(arguments(small_folder, files, folder, strategy), launch, log=folder.parent / "log")
         assert set(done.codes) == {0}, done.output
         return folder
 
     return folder_of
 
 
-def test_the_figure_is_the_rise_of_transformers_own_loss(whole, files, small_folder):
+@pytest.mark.parametrize("strategy", ["one", "lora"])
+def test_the_figure_is_the_rise_of_transformers_own_loss(whole, files, small_folder, strategy):
     """At the last step, whose weights are those of best/ (rounded to bf16)."""
-    folder = whole("one")
+    folder = whole(strategy)
     first, *_, last = [row for row in metrics_of(folder) if "forget/kl" in row]
     assert first["step"] == 0 and first["forget/kl"] == first["forget/kl_error"] == first["forget/kl/general"] == 0.0
     own, general = map(rows_of, files)
