@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.base.files import write_json  # noqa: E402
 from tools import race  # noqa: E402
+from tools.reports.final_test import test_loss  # noqa: E402
 from tools.reports.record import read_record  # noqa: E402
 
 SEEDS = (42, 43, 44, 45, 46)
@@ -72,7 +73,7 @@ def losses_of(folder: Path, name: str) -> list[float]:
     for run in (folder / f"{name}-{seed}" for seed in SEEDS):
         began = read_record(run).launches[0]["began"]
         if known.get(run.name, {}).get("began") != began:
-            known[run.name] = {"began": began, "loss": race.test_loss(run)}
+            known[run.name] = {"began": began, "loss": test_loss(run)}
             write_json(path, known)
     return [known[f"{name}-{seed}"]["loss"] for seed in SEEDS]
 

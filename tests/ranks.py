@@ -178,14 +178,14 @@ def race_main(args: list[str], log: str, env: dict[str, str], fault: str) -> Non
         os.dup2(descriptor, stream)
     os.environ.update(env)
 
-    import tools.report
+    import tools.reports.side_by_side
     from tools import race
 
     def popen(command, stdout, stderr, **_):
         flags = command[[Path(word).name for word in command].index("train.py") + 1 :]
         return Forked(rank_main, flags, "one", fault, stdout.name, env)
 
-    race.Popen, tools.report.draw_runs = popen, lambda *_: None
+    race.Popen, tools.reports.side_by_side.draw_runs = popen, lambda *_: None
     sys.argv = ["race", *args]
     sys.orig_argv = ["python", "-m", "tools.race", *args]
     race.main()

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from tools.report import TEMPLATES
 from tools.reports.candidates import Candidate, Comparison, difference
+from tools.reports.pages import TEMPLATES
 
 
 def races(apart: float, number: int = 200, seeds: int = 5, candidates: int = 1, comparisons: int = 0):

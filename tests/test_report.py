@@ -15,7 +15,8 @@ from data.reading.source import SAMPLE
 from loop.score import Scored
 from tools.compare_models import main as compare
 from tools.report import main as report
-from tools.report import quote, write_report
+from tools.report import write_report
+from tools.reports.pages import quote
 from tools.reports.record import best_and_last, collapse, judge
 from tools.shared.answers import keyword_overlap, overlap
 

@@ -15,7 +15,7 @@ from loop.config import PRESETS, Resolved
 from loop.start.trial import try_step
 from model.export import TEMPLATES, export
 from model.qwen3 import load_model, tiny_tokenizer
-from tools.report import TEMPLATES as REPORTS
+from tools.reports.pages import TEMPLATES as REPORTS
 
 torch.set_num_threads(1)
 tokenizer = tiny_tokenizer(["热"])

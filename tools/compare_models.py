@@ -30,7 +30,7 @@ from loop.score import perplexity, score
 from model.export import system_prompt_of
 from model.generate import BATCH, Reply, format_rates, load_for_generation, reply_to
 from model.qwen3 import find_model, load_tokenizer
-from tools.report import TEMPLATES
+from tools.reports.pages import TEMPLATES
 from tools.shared.answers import keyword_overlap, overlap
 from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 

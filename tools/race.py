@@ -20,31 +20,25 @@ import signal
 import statistics
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import Popen
 from typing import NamedTuple
 
 import psutil
-from transformers.utils.logging import disable_progress_bar
 
 from data.base.console import say, tool, warn
 from data.base.errors import UserError
-from data.base.files import write_json
 from data.base.language import speak, tr
-from data.encode import encode_rows
 from loop.config import TrainConfig
 from loop.record.ledger import LEFT_OUT, add_lines, settings_of, step_file_of
 from loop.record.run_folder import FINISHED, is_held, read_run, read_status
-from loop.score import loss_of, score
 from loop.start.command_line import parse_config
 from loop.start.step_file import sha256_of, step_path
-from model.qwen3 import load_tokenizer
-from tools.report import write_candidates
-from tools.reports.candidates import NAMES, ROWS, Candidate, compare, difference, lowest, method_of
+from tools.reports.candidates import NAMES, ROWS, Candidate, method_of
+from tools.reports.final_test import measure_test
 from tools.reports.record import read_record
-from tools.shared.runs import accelerator_of, load_to_score, read_side
+from tools.reports.side_by_side import write_candidates
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OWN = ("--seed", "--output-dir", "--run-name", "--resume", "--dry-run")  # flags that a race sets itself
@@ -216,39 +210,6 @@ def check_unchanged(runs: dict[str, dict[int, Run]]) -> None:
         if changed or (file.is_file() and sha256_of(file) != was["step_files"][-1]["sha256"]):
             what = ", ".join(changed) or "step file"
             raise UserError(f"{run.folder} was trained with another {what}; name another --out")
-
-
-def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
-    """The test losses of the first candidate and of the best other one. Measured once; when another pair would be
-    measured, or other runs of it, `is_old` says so. None without test rows."""
-    path, first = out / "test.json", candidates[0]
-    ranked = [one for one in lowest(compare(candidates)) if one is not first]
-    pair = [first, *ranked[:1]]
-    began = {record.folder.name: record.launches[0]["began"] for one in pair for record in one.runs.values()}
-    if path.exists():
-        try:
-            test = json.loads(path.read_text(encoding="utf-8"))
-            return test | {"is_old": test["runs"] != began}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, what was measured on the test rows, cannot be read; put it back") from None
-    have_rows = all((record.folder / "data" / "test.jsonl").exists() for one in pair for record in one.runs.values())
-    if not ranked or not have_rows:
-        return None
-    seeds = [seed for seed in first.runs if seed in ranked[0].runs]
-    losses = {one.name: [test_loss(one.runs[seed].folder) for seed in seeds] for one in pair}
-    test = {"date": time.strftime("%Y-%m-%d"), "runs": began, "losses": losses}
-    test["difference"] = difference(losses[ranked[0].name], losses[first.name])._asdict()
-    write_json(path, test)
-    return test | {"is_old": False}
-
-
-def test_loss(run_dir: Path) -> float:
-    """Of RUN_DIR/best on RUN_DIR/data/test.jsonl, as the run evaluates."""
-    disable_progress_bar()
-    run, best = read_run(run_dir), str(run_dir / "best")
-    tokenizer, accelerator = load_tokenizer(best), accelerator_of(run)
-    rows, _ = encode_rows(read_side(run_dir, "test"), tokenizer, run["max_length"], run["overlong"])
-    return loss_of(score(load_to_score(best, run, tokenizer, accelerator), rows, accelerator))
 
 
 def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:

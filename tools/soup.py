@@ -30,7 +30,7 @@ from loop.score import loss_of, score
 from model.export import export, system_prompt_of
 from model.loss import SFTModel
 from model.qwen3 import find_model, load_model, load_tokenizer
-from tools.report import TEMPLATES
+from tools.reports.pages import TEMPLATES
 from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 
 
