@@ -4,6 +4,7 @@ Paper: arXiv:2601.02151. The entropy is that of the TOP likeliest tokens alone, 
 it. Reported there for Qwen3-4B and medicine: the same score, and half of the loss of general ability.
 Cost: a selection over the vocabulary, a block of targets at a time. Weights below 1 act as a lower rate, too.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/eaft.py: eval/loss 4.667.
+Track (benchmarks/track.md): test loss 0.2890, that of the baseline 0.2447.
 """
 
 import math

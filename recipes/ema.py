@@ -5,6 +5,7 @@ ExponentialMovingAverage. Cost: 4 bytes a parameter, in fp32 whatever the weight
 each step; in an evaluation, where there are no gradients, a copy of the weights.
 Checkpoints hold the average in optimizer.state.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/ema.py: eval/loss 4.671.
+Track (benchmarks/track.md): test loss 0.2448, that of the baseline 0.2447.
 """
 
 from contextlib import contextmanager

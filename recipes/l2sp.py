@@ -3,6 +3,7 @@
 Paper: Li et al., arXiv:1802.01483; decoupled from the gradient, as AdamW's decay is: the rate times DECAY of the way.
 Cost: a copy of the trained weights, one pass over them in each step.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/l2sp.py: eval/loss 4.636.
+Track (benchmarks/track.md): test loss 0.2583, that of the baseline 0.2447.
 """
 
 import torch

@@ -3,6 +3,7 @@
 Paper: Szegedy et al., arXiv:1512.00567, section 7.
 Cost: the softmax over the vocabulary once more, a block of targets at a time.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/label_smoothing.py: eval/loss 4.654.
+Track (benchmarks/track.md): test loss 0.3547, that of the baseline 0.2447.
 """
 
 from loop.step import part_weights

@@ -3,6 +3,7 @@
 Paper: ULMFiT's discriminative fine-tuning (Howard and Ruder, arXiv:1801.06146); BERT-style decay (arXiv:2006.05987).
 Cost: no memory, no time. A tied head has the rate of the embeddings.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/layerwise_lr.py: eval/loss 4.835.
+Track (benchmarks/track.md): test loss 0.2413, that of the baseline 0.2447.
 """
 
 import torch

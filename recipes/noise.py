@@ -5,6 +5,7 @@ of all the noise, in units of the gradient's: one variance for each element woul
 Cost: one draw for each parameter, with FSDP2 of the whole matrix on every rank (1.2 GB for Qwen3-1.7B's embedding).
 Every rank draws from the batch's seed, so the noise does not depend on the number of ranks.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/noise.py: eval/loss 4.654.
+Track (benchmarks/track.md): test loss 0.2503, that of the baseline 0.2447.
 """
 
 import torch

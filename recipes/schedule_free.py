@@ -4,6 +4,7 @@ Paper: Defazio et al., arXiv:2405.15682, algorithm 1. So no length has to be kno
 between the weights that move, z, and their average, which is evaluated and exported.
 Cost: AdamW's, and 4 bytes a parameter. The 8-bit moments of --memory 24g are not used.
 Expect: python train.py tiny --max-steps 20 --step-file recipes/schedule_free.py: eval/loss 4.261.
+Track (benchmarks/track.md): test loss 0.2510, that of the baseline 0.2447.
 """
 
 import torch
