@@ -57,7 +57,7 @@ def table(folder: Path, names: list[str]) -> str:
         mean, error = statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
         ratio = statistics.median(a / b for a, b in zip(speeds["tiny"], speeds[name], strict=True))
         verdict = "**record**" if mean < -2 * error else "worse" if mean > 2 * error else "not told"
-        minus = f"{mean:+.4f} ± {2 * error:.4f} | {sum(one < 0 for one in apart)} of 5 | {verdict}"
+        minus = f"{mean:+.4f} ± {2 * error:.4f} | {sum(one < 0 for one in apart)} of {len(apart)} | {verdict}"
         line = f"| `{name}` | {statistics.fmean(found):.4f} ± {statistics.stdev(found):.4f} | "
         line += minus if name != "tiny" else "| | the baseline"
         rows.append((statistics.fmean(found), f"{line} | × {ratio:.2f} |"))
