@@ -1,6 +1,6 @@
 """The small track (benchmarks/track.md): every recipe on the embedded sample with five seeds, by the loss on test rows.
 
-    python benchmarks/track.py outputs/track --jobs 2                  # some 90 minutes on two cores; goes on if cut
+    python benchmarks/track.py outputs/track --jobs 2                  # an hour or more on two cores; goes on if cut
     python benchmarks/track.py outputs/track --only ema schedule_free  # these, and the baseline
     python benchmarks/track.py outputs/track --only --against my_step.py
 

@@ -147,7 +147,9 @@ class Run:
                 self.folder, status, step=self.state.step, max_steps=self.config.max_steps, **self.launch, **more
             )
             if status in (*FINISHED, "diverged"):
-                add_run(self.folder, self.config, self.info, self.state, status)
+                best = {"best_step": self.state.best_step, "best_loss": self.state.best_loss}
+                ended = {"status": status, "step": self.state.step, **best, **more}
+                add_run(self.folder, self.config, self.info, ended)
 
     def evaluated(self, row: dict[str, float], table: list[Scored], model, interrupt: Interrupt) -> None:
         """Has the model answer, exports it if its loss is the lowest so far, and records the evaluation. row: its

@@ -149,11 +149,11 @@ def rank_main(args: list[str], strategy: str, fault: str, log: str, env: dict[st
 class Race:
     """A race in a process of its own, whose runs are forks of it."""
 
-    def __init__(self, args, log: Path, fault: str = ""):
+    def __init__(self, args, log: Path):
         start_server()
         env = {"OMP_NUM_THREADS": "1", "SWANLAB_MODE": "disabled", "ACCELERATE_USE_CPU": "true", "NO_COLOR": "1"}
         self.log = Path(log)
-        self.process = SERVER.Process(target=race_main, args=(list(map(str, args)), str(log), env, fault))
+        self.process = SERVER.Process(target=race_main, args=(list(map(str, args)), str(log), env))
         self.process.start()
 
     def wait(self, timeout: float = 120) -> Outcome:
@@ -172,7 +172,7 @@ class Race:
         self.process.join()
 
 
-def race_main(args: list[str], log: str, env: dict[str, str], fault: str) -> None:
+def race_main(args: list[str], log: str, env: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -183,7 +183,7 @@ def race_main(args: list[str], log: str, env: dict[str, str], fault: str) -> Non
 
     def popen(command, stdout, stderr, **_):
         flags = command[[Path(word).name for word in command].index("train.py") + 1 :]
-        return Forked(rank_main, flags, "one", fault, stdout.name, env)
+        return Forked(rank_main, flags, "one", "", stdout.name, env)
 
     race.Popen, tools.reports.side_by_side.draw_runs = popen, lambda *_: None
     sys.argv = ["race", *args]

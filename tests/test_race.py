@@ -204,14 +204,19 @@ def test_groups_of_runs_keep_names_of_their_own(whole, tmp_path):
 
 
 def test_an_edited_step_file_is_not_shown_under_its_old_figures(tmp_path):
-    step = tmp_path / "own.py"
-    step.write_text('"""Mine."""\n\n\ndef lr_multiplier(step, max_steps, config):\n    return 0.5\n')
+    """Nor one whose import was edited, nor another memory profile under the figures of `auto`."""
+    step, helper = tmp_path / "own.py", tmp_path / "rates.py"
+    helper.write_text("RATE = 0.5\n")
+    step.write_text("import rates\n\n\ndef lr_multiplier(step, max_steps, config):\n    return rates.RATE * 1.0\n")
     args = arguments(tmp_path / "out", "--seeds", "42", "--test-fraction", "0", against=(step,))
     done = Race(args, tmp_path / "log").wait()
     assert done.codes == [0] and "with one seed, which says nothing about other seeds" in done.output, done.output
-    step.write_text(step.read_text().replace("0.5", "0.25"))
-    done = Race(args, tmp_path / "log").wait()
-    assert done.codes == [1] and "own-42 was trained with another step file" in done.output
+    done = Race([*args, "--memory", "32g"], tmp_path / "log").wait()
+    assert done.codes == [1] and "tiny-42 was trained with another memory;" in done.output
+    for file, old, new in ((helper, "0.5", "0.25"), (helper, "0.25", "0.5"), (step, "1.0", "0.5")):
+        file.write_text(file.read_text().replace(old, new))
+        done = Race(args, tmp_path / "log").wait()
+        assert ("own-42 was trained with another step file" in done.output) == (new != "0.5" or file == step)
 
 
 def test_a_candidate_may_have_seeds_of_its_own(tmp_path):

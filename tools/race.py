@@ -31,7 +31,7 @@ from data.base.console import say, tool, warn
 from data.base.errors import UserError
 from data.base.language import speak, tr
 from loop.config import TrainConfig
-from loop.record.ledger import LEFT_OUT, add_lines, settings_of, step_file_of
+from loop.record.ledger import add_lines, settings_of, step_file_of
 from loop.record.run_folder import FINISHED, is_held, read_run, read_status
 from loop.start.command_line import parse_config
 from loop.start.step_file import sha256_of, step_path
@@ -41,10 +41,13 @@ from tools.reports.record import read_record
 from tools.reports.side_by_side import write_candidates
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+MAY_CHANGE = NAMES | {"step_file", "max_time", "swanlab_mode", "swanlab_project"}  # between launches of a race
 OWN = ("--seed", "--output-dir", "--run-name", "--resume", "--dry-run")  # flags that a race sets itself
 
 
-class Run(NamedTuple):
+class Job(NamedTuple):
+    """One run of train.py."""
+
     folder: Path
     start: list[str]  # the command before the flags
     flags: list[str]
@@ -79,7 +82,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_candidate(text: str, seeds: list[int]) -> tuple[str, list[str], list[int]]:
-    """Of a candidate of --against its name, flags, and seeds: the race's, or as many of its own. Raises UserError."""
+    """(name, flags, seeds) of a candidate of --against; seeds: the race's, or as many of its own. Raises UserError."""
     named = re.match(r"(\w[\w.-]*)=(?=\S)", text)
     words = split(text[named.end() :] if named else text)
     flags = ["--step-file", *words] if words[0].endswith(".py") else words
@@ -103,8 +106,8 @@ def split(text: str) -> list[str]:
         raise UserError(f"{text!r} is no command line: {error}") from None
 
 
-def plan(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[int, Run]]:
-    """name -> seed of the race -> run. Raises UserError, or exits as train.py does, if a command line is wrong."""
+def plan(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[int, Job]]:
+    """candidate -> seed of the race -> its run. Raises UserError, or exits as train.py does if a flag is wrong."""
     preset = flags[0] if flags and not flags[0].startswith("-") else "medical"
     candidates = [(preset, [], args.seeds), *(read_candidate(text, args.seeds) for text in args.against)]
     start, runs = [*(split(args.launch) if args.launch else [sys.executable]), str(TRAIN)], {}
@@ -117,7 +120,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[int, Run]
         for pair, seed in zip(args.seeds, seeds, strict=True):
             folder = args.out / f"{name}-{seed}"
             own = [*flags, *more, "--seed", str(seed), "--output-dir", str(folder), "--run-name", folder.name]
-            run = Run(folder, start, own + (["--split-seed", str(seed)] if args.split_by_seed else []))
+            run = Job(folder, start, own + (["--split-seed", str(seed)] if args.split_by_seed else []))
             if run.config.dry_run:
                 raise UserError("dry_run trains nothing, so there is nothing to compare")
             runs[name][pair] = run
@@ -131,7 +134,7 @@ class Runner:
         self.jobs, self.under_way, self.stopping = jobs, set(), threading.Event()
         self.threads = {"OMP_NUM_THREADS": str(max(1, psutil.cpu_count() // jobs))} if jobs > 1 else {}
 
-    def start(self, command: list[str], run: Run) -> tuple[int, str]:
+    def start(self, command: list[str], run: Job) -> tuple[int, str]:
         """(exit status, what it said last) of a command, whose output goes to the run's log."""
         path = run.folder.with_name(f"{run.folder.name}.log")
         with path.open("a", encoding="utf-8") as log:
@@ -146,13 +149,13 @@ class Runner:
         said = next((line for line in reversed(lines) if line.startswith("train.py: ")), (lines or [""])[-1])
         return code, f"{said} (see {path})"
 
-    def check(self, run: Run) -> None:
+    def check(self, run: Job) -> None:
         """Raises UserError if train.py refuses the run: better now than after hours."""
         code, said = self.start([sys.executable, str(TRAIN), *run.flags, "--dry-run"], run)
         if code and not self.stopping.is_set():
             raise UserError(f"{run.folder.name} cannot be trained: {said}")
 
-    def train(self, run: Run) -> None:
+    def train(self, run: Job) -> None:
         if is_held(run.folder):  # by what was started before the race was killed, or by another race
             say(tr("{} is being trained by another process: waiting for it", run.folder.name))
         while not run.is_over and not self.stopping.is_set():
@@ -160,18 +163,19 @@ class Runner:
                 self.stopping.wait(1)
                 continue
             code, said = self.start([*run.start, *run.flags, "--resume"], run)
-            if not run.is_over and not self.stopping.is_set() and not is_held(run.folder):
+            if run.is_over:
+                status = read_status(run.folder)
+                loss = f"{status['best_loss']:.4f}" if status.get("best_loss") is not None else "-"
+                say(tr("{}: {}, best loss {}", run.folder.name, tr(status["status"]), loss))
+            elif not self.stopping.is_set() and not is_held(run.folder):
                 raise UserError(f"{run.folder.name} ended with status {code}: {said}")
-            status = read_status(run.folder)
-            loss = f"{status['best_loss']:.4f}" if status.get("best_loss") is not None else "-"
-            say(tr("{}: {}, best loss {}", run.folder.name, tr(status.get("status", "-")), loss))
 
     def stop(self) -> None:
         self.stopping.set()
         for process in list(self.under_way):
             process.terminate()  # train.py then writes a checkpoint
 
-    def all(self, runs: dict[str, dict[int, Run]]) -> None:
+    def all(self, runs: dict[str, dict[int, Job]]) -> None:
         """All runs, one seed after another, so that a part of a race has all candidates."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         rounds = list(zip(*(by_seed.values() for by_seed in runs.values()), strict=True))
@@ -187,7 +191,7 @@ class Runner:
                 raise
 
 
-def read_results(runs: dict[str, dict[int, Run]], but: set[str]) -> list[Candidate]:
+def read_results(runs: dict[str, dict[int, Job]], but: set[str]) -> list[Candidate]:
     """Raises UserError if the runs of one candidate are not of one method. but: in what they may differ."""
     found = [Candidate(name, {seed: read_record(run.folder) for seed, run in by_seed.items()})
              for name, by_seed in runs.items()]  # fmt: skip
@@ -197,31 +201,35 @@ def read_results(runs: dict[str, dict[int, Run]], but: set[str]) -> list[Candida
     return found
 
 
-def check_unchanged(runs: dict[str, dict[int, Run]]) -> None:
+def check_unchanged(runs: dict[str, dict[int, Job]]) -> None:
     """Raises UserError if a run is there already and was another: it would be shown under the new command."""
-    left_out = LEFT_OUT | NAMES | {"max_time", "swanlab_project"}
     for run in (run for by_seed in runs.values() for run in by_seed.values()):
         if not (run.folder / "run.json").exists():
             continue
         was, now = read_run(run.folder), json.loads(json.dumps(dataclasses.asdict(run.config)))
-        changed = [name for name in now if name not in left_out and was.get(name, now[name]) != now[name]]
-        changed += ["max_steps"] if now["max_steps"] not in (-1, was["max_steps"]) else []
-        file = step_path(run.config.step_file)
-        if changed or (file.is_file() and sha256_of(file) != was["step_files"][-1]["sha256"]):
-            what = ", ".join(changed) or "step file"
-            raise UserError(f"{run.folder} was trained with another {what}; name another --out")
+        # What `auto` became is in the record; what is not asked for is as it was.
+        asked = {name: value for name, value in now.items() if name not in MAY_CHANGE and value not in ("auto", -1)}
+        changed = [name for name, value in asked.items() if was.get(name, value) != value]
+        file, recorded = step_path(run.config.step_file), was["step_files"][-1]
+        imports = recorded.get("imports", {}).items()  # of the project, or beside the step file
+        code = {folder / name: sha for folder in (TRAIN.parent, file.parent) for name, sha in imports}
+        code |= {file: recorded["sha256"]}
+        changed += ["step file"] * any(path.is_file() and sha256_of(path) != sha for path, sha in code.items())
+        if changed:
+            raise UserError(f"{run.folder} was trained with another {', '.join(changed)}; name another --out")
 
 
-def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:
+def write_results(args: argparse.Namespace, runs: dict[str, dict[int, Job]]) -> None:
     candidates = read_results(runs, ROWS | {"max_steps"} if args.split_by_seed else set())
     path, figures = write_candidates(candidates, None, args.out, measure_test(args.out, candidates))
     lines = []
     for one, found in zip(candidates, figures, strict=True):
         losses, verdict = [*found["losses"].values()], found["verdict"] or tr("the others are compared with it")
-        config, record = next(iter(runs[one.name].values())).config, next(iter(one.runs.values()))
+        config = next(iter(runs[one.name].values())).config
         lines.append({
-            "command": shlex.join(["python", *sys.orig_argv[1:]]), "step_file": step_file_of(record.run),
-            "settings": settings_of(config, with_seed=False), "n": len(losses), "mean": statistics.fmean(losses),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]), "step_file": step_file_of(one.first.run),
+            "settings": settings_of(config, with_seed=False), "n": len(losses),
+            "mean": statistics.fmean(losses) if losses else math.nan,
             "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan, "verdict": verdict,
         })  # fmt: skip
         print(f"{one.name}: {verdict}")

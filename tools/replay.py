@@ -33,10 +33,10 @@ from tools.shared.runs import accelerator_of, load_to_score
 
 SHARE = 0.1  # of a run's training rows
 SAMPLED = 200  # held-out questions
-LONGEST = {True: 256, False: 1024}  # tokens of a reply: sampled, or to train on
+LONGEST, LONGEST_SAMPLED = 1024, 256  # tokens of a reply
 
 
-def main_arguments() -> argparse.Namespace:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--sample", action="store_true", help="to measure forgetting, for train.py --forget")
@@ -44,7 +44,8 @@ def main_arguments() -> argparse.Namespace:
     parser.add_argument("--num-rows", type=int, metavar="N", help=number)
     parser.add_argument("--max-new-tokens", type=int, help="longest reply, thinking included (1024; --sample: 256)")
     args = parser.parse_args()
-    args.max_new_tokens = LONGEST[args.sample] if args.max_new_tokens is None else args.max_new_tokens
+    if args.max_new_tokens is None:
+        args.max_new_tokens = LONGEST_SAMPLED if args.sample else LONGEST
     if args.max_new_tokens < 1 or (args.num_rows is not None and args.num_rows < 1):
         parser.error("--num-rows and --max-new-tokens are at least 1")
     if args.sample and args.url is not None:
@@ -54,7 +55,7 @@ def main_arguments() -> argparse.Namespace:
 
 @tool("replay")
 def main() -> None:
-    args = main_arguments()
+    args = read_arguments()
     disable_progress_bar()
     name, side = ("forget.jsonl", "val") if args.sample else ("replay.jsonl", "train")
     rows, settings = read_source(args, name, side)

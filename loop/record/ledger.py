@@ -7,7 +7,6 @@ from pathlib import Path
 
 from data.base.console import warn
 from loop.config import PRESETS, TrainConfig
-from loop.state import TrainState
 
 COLUMNS = ("date", "command", "step_file", "settings", "n", "mean", "sd", "verdict")
 # What does not belong to the method, or is not known before the run: the name, the place, what `auto` became.
@@ -32,11 +31,13 @@ def add_lines(folder: Path, *lines: dict, once: bool = False) -> None:
         warn(f"{path}: {error}")
 
 
-def add_run(folder: Path, config: TrainConfig, info: dict, state: TrainState, status: str) -> None:
-    """The line of a run that ended. info: as in run.json."""
+def add_run(folder: Path, config: TrainConfig, info: dict, ended: dict) -> None:
+    """The line of a run that ended. info: as in run.json; ended: as in run_status.json."""
     line = {"command": info["launches"][-1]["command"], "step_file": step_file_of(info)}
-    line |= {"settings": settings_of(config), "n": 1, "mean": state.best_loss or math.nan}
-    add_lines(folder.parent, line | {"verdict": f"{status} at step {state.step}, best at {state.best_step}"})
+    loss = ended["best_loss"]
+    line |= {"settings": settings_of(config), "n": 1, "mean": math.nan if loss is None else loss}
+    verdict = f"{ended['status']} at step {ended['step']}, best at {ended['best_step']}"
+    add_lines(folder.parent, line | {"verdict": verdict})
 
 
 def step_file_of(info: dict) -> str:

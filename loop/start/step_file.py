@@ -28,7 +28,7 @@ LIBRARIES = {Path(path).resolve() for path in sysconfig.get_paths().values()}  #
 
 
 def step_path(path: str) -> Path:
-    """recipes/ are found from any folder."""
+    """The file that --step-file names; recipes/ are found from any folder."""
     given, own = Path(path).expanduser(), ROOT / path
     return own if own == DEFAULT or (own.is_file() and not given.is_file()) else given
 
@@ -37,8 +37,8 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     """The method: the functions of a step file, and those of loop/step.py that it does not have. These call each
     other in the step file's version; what it imports from loop.step is the original.
 
-    Modules beside the file can be imported. settings: NAME=VALUE, of constants
-    of the file. Raises UserError, with its line if it cannot be loaded.
+    Modules beside the file can be imported. settings: NAME=VALUE, of constants of the file. Raises UserError, with its
+    line if it cannot be loaded.
     """
     file = step_path(path)
     if not file.is_file():

@@ -1,7 +1,7 @@
 """Candidates: runs that differ in the seed alone, and what may be concluded from them.
 
-Runs of two candidates are paired by seed, because the seed draws much of what a run's loss is. The interval of a mean
-difference is Student's of 95 % (Gosset 1908), divided by the number of comparisons (Bonferroni).
+Runs of two candidates are paired by seed, because much of a run's loss is the luck of its seed. The interval of a mean
+difference is Student's (Gosset 1908), of 95 %, or of 1 - 5 % / m if there are m comparisons (Bonferroni).
 """
 
 import dataclasses
@@ -22,6 +22,10 @@ from tools.reports.record import Record
 LEVEL, POWER = 0.05, 0.8
 MOST_SEEDS = 100
 PARTS = {"think": 1.0, "answer": 1.0}
+# In what runs of one candidate may differ: the seeds, the place, and the rows if each seed draws its own split.
+SEEDS = {"seed", "split_seed"}
+NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
+ROWS = {"train_rows", "val_rows"}
 
 
 class Difference(NamedTuple):
@@ -44,7 +48,7 @@ class Difference(NamedTuple):
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float], comparisons: int = 1) -> Difference:
-    """Of two candidates' losses, in the order of their seeds. comparisons: that are made beside this one."""
+    """Of two candidates' losses, in the order of their seeds. comparisons: how many are made, this one among them."""
     each = [a - b for a, b in zip(ours, theirs, strict=True)]
     n, mean, lower = len(each), statistics.fmean(each), sum(one < 0 for one in each)
     if n < 2:
@@ -60,6 +64,10 @@ def difference(ours: Sequence[float], theirs: Sequence[float], comparisons: int 
 class Candidate(NamedTuple):
     name: str
     runs: dict[int, Record]  # by the seed that pairs it with other candidates; each has an evaluation
+
+    @property
+    def first(self) -> Record:
+        return next(iter(self.runs.values()))
 
     @property
     def diverged(self) -> list[int]:
@@ -84,7 +92,7 @@ class Comparison(NamedTuple):
     """A candidate against the first one."""
 
     candidate: Candidate
-    losses: dict[int, float]  # seed -> the lowest evaluation loss
+    losses: dict[int, float]  # seed -> evaluation loss at the best step
     pairs: int  # seeds that both have
     best: Difference | None  # None for the first one itself, and if no pair has the same validation rows
     rows: tuple[float, float] | None  # (mean difference, half of its interval) over the validation rows
@@ -163,11 +171,6 @@ def best_two(candidates: list[Candidate]) -> tuple[str, str, Difference] | None:
     return (*(one.name for one in ranked), found) if found else None
 
 
-# Settings in which runs of one candidate may differ: the seeds, the place, and what does not act on the result.
-SEEDS = {"seed", "split_seed"}
-NAMES = {"output_dir", "run_name", "resume", "dry_run", "language"}
-
-
 def by_seed(records: list[Record], names: list[str]) -> list[Candidate]:
     """Runs that differ in the seed alone as one candidate each, in the order of their first ones."""
     groups: dict[tuple, list[int]] = {}
@@ -189,11 +192,8 @@ def by_seed(records: list[Record], names: list[str]) -> list[Candidate]:
     return [found[number] for number in sorted(found)]
 
 
-ROWS = {"train_rows", "val_rows"}  # differ if each seed draws its own split
-
-
 def method_of(record: Record, but: set[str]) -> tuple:
-    """What two runs of one candidate have in common. but: in what else they may differ."""
+    """What two runs of one candidate have in common. but: settings in which they may differ too."""
     code = tuple(str([file.get(name) for name in ("sha256", "imports", "set")]) for file in record.run["step_files"])
     known = dataclasses.asdict(TrainConfig())  # what a run wrote before a setting existed is its default
     names = (known.keys() | ROWS | {"rows_per_step"}) - SEEDS - NAMES - {"step_file"} - but

@@ -1,6 +1,8 @@
 """Losses on the test rows of a race: of the first candidate and the best other one, once."""
 
+import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -17,8 +19,8 @@ from tools.shared.runs import accelerator_of, load_to_score, read_side
 
 
 def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
-    """The test losses of the first candidate and of the best other one. Measured once; when another pair would be
-    measured, or other runs of it, `is_old` says so. None without test rows."""
+    """The test losses of the first candidate and of the best other one, which are measured once: later calls return the
+    same, and `is_old` says whether the pair or its runs have changed since. None without test rows."""
     path, first = out / "test.json", candidates[0]
     ranked = [one for one in lowest(compare(candidates)) if one is not first]
     pair = [first, *ranked[:1]]
@@ -34,6 +36,8 @@ def measure_test(out: Path, candidates: list[Candidate]) -> dict | None:
         return None
     seeds = [seed for seed in first.runs if seed in ranked[0].runs]
     losses = {one.name: [test_loss(one.runs[seed].folder) for seed in seeds] for one in pair}
+    if not all(map(math.isfinite, itertools.chain(*losses.values()))):  # all test rows were too long
+        return None
     test = {"date": time.strftime("%Y-%m-%d"), "runs": began, "losses": losses}
     test["difference"] = difference(losses[ranked[0].name], losses[first.name])._asdict()
     write_json(path, test)

@@ -32,7 +32,8 @@ def with_error(value: float, error: float, sign: str = "+") -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation; the deviation if there are several."""
+    """Mean ± standard deviation of those that are finite; the deviation if there are several."""
+    values = [*filter(math.isfinite, values)]
     if not values:
         return "-"
     return f"{statistics.fmean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -103,13 +103,9 @@ class Record(NamedTuple):
         return max(row["memory/peak_gib"] for row in self.train) if self.train else None
 
     @property
-    def has_exam(self) -> bool:
-        return any("exam/accuracy" in row for row in self.evaluations)
-
-    @property
     def exam_changes(self) -> tuple[int, int, dict[str, Changes]] | None:
-        """Of the exam from the first evaluation that asked it to the best one, or else the last: both steps, and what
-        became of the answers by subject."""
+        """What became of the exam's answers: (first step at which it was asked, best step or else the last, changes by
+        subject)."""
         asked = [(row["subject"], row["choices"]) for row in read_lines(self.folder / "data" / "exam.jsonl")]
         right = {row["step"]: row["exam"] for row in read_lines(self.folder / "eval_rows.jsonl") if "exam" in row}
         right = {step: [one == "1" for one in text] for step, text in right.items() if len(text) == len(asked)}

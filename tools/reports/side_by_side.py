@@ -17,10 +17,11 @@ from tools.shared.runs import name_of
 def write_candidates(
     candidates: list[Candidate], language: str | None, out: Path, test: dict | None = None
 ) -> tuple[Path, list[dict]]:
-    """The page, and the figures of each candidate. test: what a race measured on its test rows."""
-    language = language or next(iter(candidates[0].runs.values())).run.get("language", "zh")
+    """Writes runs.md, runs.json and runs.png; returns the page, and the figures of each candidate. test: what a race
+    measured on its test rows."""
+    language = language or candidates[0].first.run.get("language", "zh")
     out.mkdir(parents=True, exist_ok=True)
-    comparisons, records = compare(candidates), [next(iter(one.runs.values())) for one in candidates]
+    comparisons, records = compare(candidates), [one.first for one in candidates]
     said = TEMPLATES.get_template(f"verdict.{language}.md").module
     text = TEMPLATES.get_template(f"runs.{language}.md").render(
         candidates=candidates,

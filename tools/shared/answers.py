@@ -16,10 +16,10 @@ class Changes(NamedTuple):
 
 
 def changes(before: Sequence[bool], after: Sequence[bool], choices: Sequence[int]) -> Changes:
-    """choices: of each question. A model that knows a question is right, and otherwise is right once in `choices`
-    guesses. Both wrong is then (1 - g)^2 of the questions that neither knows, and lost by guessing, like won,
-    g (1 - g) of them, so g / (1 - g) = 1 / (choices - 1) of those that are wrong twice (as in Harmon et al. 2025,
-    arXiv:2510.17776, from the questions themselves)."""
+    """choices: of each question. A model that does not know an answer is taken to guess it, anew each time, and to be
+    right with g = 1 / choices. Of the questions that neither model knows, (1 - g)^2 are then wrong twice, and g (1 - g)
+    are lost, as many are won: 1 / (choices - 1) for each that is wrong twice. The idea is that of Harmon et al. 2025
+    (arXiv:2510.17776), who take it from the two accuracies."""
     rows = list(zip(before, after, choices, strict=True))
     lost, won = (sum(a == is_lost and b != is_lost for a, b, _ in rows) for is_lost in (True, False))
     guessed = sum(1 / (number - 1) for a, b, number in rows if not a and not b)
