@@ -2,8 +2,7 @@
 
 Paper: Neelakantan et al., arXiv:1511.06807, equation 1: variance ETA / (1 + step)^0.55. Here that is the squared norm
 of all the noise, in units of the gradient's: one variance for each element would drown a large model.
-Cost: one draw for each parameter, with FSDP2 of the whole matrix on every rank (1.2 GB for Qwen3-1.7B's embedding).
-Every rank draws from the batch's seed, so the noise does not depend on the number of ranks.
+Cost: every rank draws each whole matrix, from the batch's seed (1.2 GB for the embedding of Qwen3-1.7B).
 Expect: python train.py tiny --max-steps 20 --step-file recipes/noise.py: eval/loss 4.654.
 Track (benchmarks/track.md): test loss 0.2503, that of the baseline 0.2447.
 """

@@ -34,7 +34,7 @@ IN_FP32 = ("l2sp", "muon", "sam", "schedule_free")  # with 16g they are refused 
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
-@pytest.mark.parametrize("group", CASES)
+@pytest.mark.parametrize("group", ["speed", pytest.param("small cards", marks=pytest.mark.slow)])
 def test_the_memory_of_a_step_is_what_is_predicted(group):
     """Within 5 %, at the true size, and with fewer layers for what is beside it; the host waits for the device once;
     nothing is float64 there; few launches."""

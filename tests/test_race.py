@@ -121,9 +121,9 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     lines = ["def micro_batch_loss(model, micro_batch, batch, config):", "    losses = model(**micro_batch.inputs)"]
     step.write_text("\n".join([*lines, "    return losses.sum() * float('nan'), losses", ""]))
     out = tmp_path / "out"
-    done = Race(arguments(out, against=(step,)), tmp_path / "log").wait()
+    done = Race(arguments(out, "--seeds", "42", against=(step,)), tmp_path / "log").wait()
     assert done.codes == [0], done.output
-    assert status_of(out / "blow-42")["status"] == "diverged" and "diverged in 2 of 2 runs" in done.output
+    assert status_of(out / "blow-42")["status"] == "diverged" and "diverged in 1 of 1 runs (seed 42)" in done.output
     assert not (out / "test.json").exists()  # there is no other candidate that could be the best
     assert "diverged at step" in (out / "runs.tsv").read_text()
 

@@ -160,7 +160,7 @@ class Runner:
             say(tr("{} is being trained by another process: waiting for it", run.folder.name))
         while not run.is_over and not self.stopping.is_set():
             if is_held(run.folder):
-                self.stopping.wait(1)
+                self.stopping.wait(0.2)
                 continue
             code, said = self.start([*run.start, *run.flags, "--resume"], run)
             if run.is_over:
