@@ -1,12 +1,15 @@
-"""Composes data/sample.jsonl, the embedded rows: python benchmarks/make_sample.py
+"""Composes data/sample.jsonl and data/sample_feedback.jsonl, the embedded rows: python benchmarks/make_sample.py
 
 Each complaint of complaints.yaml has its department, what it may be, what to examine, what to do and what is an
 emergency; wording, person and time are drawn at random. A small model can learn the first and answer new questions; the
 second it can only memorise, so its evaluation loss falls, turns and rises, as with real data.
+
+The feedback is on replies to other questions. The bad ones name no department.
 """
 
 import json
 import random
+import re
 from pathlib import Path
 
 import yaml
@@ -68,8 +71,39 @@ def make_rows(seed: int = 0) -> list[dict]:
     return rows
 
 
+def without_department(row: dict) -> dict:
+    """The row with a fault: its answer sends the patient nowhere, and its thinking is the same."""
+    rest = re.sub(f"[^，。]*{row['department']}[^，。]*[，。]", "", row["answer"])
+    return {**row, "answer": rest}
+
+
+def make_feedback(seed: int = 1) -> list[dict]:
+    """Likes, dislikes, corrections and votes, a line each."""
+    known = {row["question"] for row in make_rows()}
+    rows = [row for row in make_rows(seed) if row["question"] not in known]
+    kinds = ["like"] * 40 + ["dislike"] * 40 + ["edit"] * 30 + ["a"] * 25 + ["b"] * 25
+    lines = []
+    for number, (kind, row) in enumerate(zip(kinds, rows, strict=False)):
+        good, bad = reply_of(row), reply_of(without_department(row))
+        line = {"id": f"sample-{number}", "model": "sample", "messages": [{"role": "user", "content": row["question"]}]}
+        if kind in ("a", "b"):
+            line |= {"replies": [good, bad] if kind == "a" else [bad, good], "verdict": kind}
+        else:
+            line["messages"].append(good if kind == "like" else bad)
+            line |= {"verdict": kind, "correction": {k: v for k, v in good.items() if k != "role"}}
+            if kind != "edit":
+                del line["correction"]
+        lines.append(line)
+    random.Random(seed).shuffle(lines)
+    return lines
+
+
+def reply_of(row: dict) -> dict:
+    return {"role": "assistant", "content": row["answer"], "reasoning_content": row["think"]}
+
+
 if __name__ == "__main__":
-    path = Path(__file__).parent.parent / "data" / "sample.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows()]
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"{path}: {len(lines)} rows")
+    for name, rows in (("sample", make_rows()), ("sample_feedback", make_feedback())):
+        path = Path(__file__).parent.parent / "data" / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows")

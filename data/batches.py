@@ -3,6 +3,7 @@
 Everything here is a pure function of (seed, step), so a resumed run needs no sampler state.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -31,6 +32,8 @@ class MicroBatch(NamedTuple):
     rows: list[str]  # where the N rows stand; none in a micro-batch without targets
     num_targets: list[int]  # of each row
     reference: torch.Tensor | None = None  # (n,) fp32, the loss of a target before training, if the method asks for it
+    labels: torch.Tensor | None = None  # (N,) int64, of Example: which replies are good
+    units: torch.Tensor | None = None  # (N,) int64, which pair or reply of the global batch a row belongs to
 
     def by_row(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) -> (N,): the sums of each row, in the same order on any device."""
@@ -50,6 +53,8 @@ class Batch(NamedTuple):
     step: int  # completed before this one
     seed: int  # of (seed, step), the same on every rank
     logged: list[tuple[str, torch.Tensor, int]]  # name, sum and number of values
+    num_units: int  # pairs or replies that are compared, of the global batch; rows if none are
+    without_gradient: list[MicroBatch]  # replies with the label 0, which are measured alone
 
     def log(self, name: str, values: torch.Tensor | float) -> None:
         """Records values of this step, a number or a tensor of any shape, as the figure method/NAME: the mean over all
@@ -92,23 +97,35 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 
 def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, seed: int, **packing) -> Batch:
     """What a rank trains on after `step` completed steps; packing: the keywords of `rank_rows`."""
-    indices = step_indices(step, num_examples=len(examples), rows_per_step=rows_per_step, seed=seed)
-    epoch = (step + 1) / steps_per_epoch(len(examples), rows_per_step)
-    rows = [examples[index] for index in indices]
-    return make_batch(rows, epoch=epoch, step=step, seed=seed_of(seed, step), **packing)
+    units = getattr(examples, "units", ())
+    number = len(units) or len(examples)
+    indices = step_indices(step, num_examples=number, rows_per_step=rows_per_step, seed=seed)
+    epoch = (step + 1) / steps_per_epoch(number, rows_per_step)
+    if units:
+        pairs = ((number, index) for number, unit in enumerate(indices) for index in units[unit])
+        rows = [dataclasses.replace(examples[index], unit=number) for number, index in pairs]
+    else:
+        rows = [examples[index] for index in indices]
+    return make_batch(rows, len(indices), epoch=epoch, step=step, seed=seed_of(seed, step), **packing)
 
 
-def make_batch(rows: Sequence[Example], *, epoch: float = 0.0, step: int = 0, seed: int = 0, **packing) -> Batch:
+def make_batch(
+    rows: Sequence[Example], num_units: int = 0, *, epoch: float = 0.0, step: int = 0, seed: int = 0, **packing
+) -> Batch:
+    """Of replies that are compared the good ones are the targets, whose loss is reported."""
+    good, measured = [row for row in rows if row.label > 0], [row for row in rows if not row.label]
     return Batch(
-        micro_batches=rank_batches(rows, **packing),
-        num_think_targets=sum(row.num_think_targets for row in rows),
-        num_answer_targets=sum(row.num_answer_targets for row in rows),
+        micro_batches=rank_batches([row for row in rows if row.label], **packing),
+        num_think_targets=sum(row.num_think_targets for row in good),
+        num_answer_targets=sum(row.num_answer_targets for row in good),
         num_tokens=sum(map(len, rows)),
         epoch=epoch,
         rows=[row.location for row in rows],
         step=step,
         seed=seed,
         logged=[],
+        num_units=num_units or len(rows),
+        without_gradient=rank_batches(measured, **packing) if measured else [],
     )
 
 
@@ -198,4 +215,6 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
         rows=[row.location for row in trained],
         num_targets=[row.num_targets for row in trained],
         reference=torch.cat(references) if references else None,
+        labels=torch.tensor([row.label for row in trained]),
+        units=torch.tensor([row.unit for row in trained]),
     )

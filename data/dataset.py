@@ -1,10 +1,12 @@
 """Data: the rows of a run, encoded, and the batches that are made of them."""
 
 import dataclasses
+import functools
 
 from data.batches import Batch, step_batch, steps_per_epoch
+from data.compared import encode_compared
 from data.encode import Example
-from data.encoded import Encoded, encode_split
+from data.encoded import Encoded, encode_all, encode_split
 from data.replies import read_replies
 from data.split import Split, load_split
 
@@ -20,12 +22,13 @@ class Data:
     rank: int
     world_size: int
     replies: list[Example] = dataclasses.field(default_factory=list)  # of the model before training
+    held: Encoded | None = None  # replies that are compared at each evaluation
 
     def rows_per_step(self, config) -> int:
         return config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world_size
 
     def steps_per_epoch(self, config) -> int:
-        return steps_per_epoch(len(self.train), self.rows_per_step(config))
+        return steps_per_epoch(self.train.num_units, self.rows_per_step(config))
 
     def batch(self, step: int, config) -> Batch:
         """What the update after `step` completed steps trains on."""
@@ -41,9 +44,15 @@ class Data:
         )
 
 
-def load_data(config, make_tokenizer, rank: int, world_size: int) -> Data:
-    """make_tokenizer: from the texts of the training rows. Raises UserError if nothing can be trained on."""
-    split = load_split(config)
+def load_data(config, make_tokenizer, rank: int, world_size: int, preference: str = "", answers_alone=False) -> Data:
+    """make_tokenizer: from the texts of the training rows. preference: pairs or thumbs, if the method compares replies;
+    answers_alone: without their thinking. Raises UserError if nothing can be trained on."""
+    split = load_split(config, preference)
     tokenizer = make_tokenizer(split.texts())
-    train, val = encode_split(split, tokenizer, config.max_length, config.overlong)
-    return Data(split, tokenizer, train, val, rank, world_size, read_replies(config.forget, tokenizer))
+    settings = {"tokenizer": tokenizer, "max_length": config.max_length, "overlong": config.overlong}
+    rows = functools.partial(encode_all, **settings)
+    compared = functools.partial(encode_compared, **settings, kind=preference, answers_alone=answers_alone)
+    encode = {"train": compared, "val": rows, "held": compared} if preference else {"train": rows, "val": rows}
+    sides = encode_split(split, encode)
+    replies = read_replies(config.forget, tokenizer)
+    return Data(split, tokenizer, sides["train"], [*sides["val"]], rank, world_size, replies, sides.get("held"))

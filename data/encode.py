@@ -28,6 +28,8 @@ class Example:
     next_tokens: tuple[int, ...] = ()  # further targets: each is asked for after the last id, as an exam's letters are
     own_parts: tuple[tuple[str, int, int], ...] | None = None  # in the place of those of `parts`
     reference: torch.Tensor | None = None  # (num_targets,) fp32, the losses before training
+    label: int = 1  # of replies that are compared: 1 good, -1 bad, 0 of another prompt; other rows have 1
+    unit: int = 0  # the number in its batch of what is compared: a pair, or one reply
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -60,6 +62,8 @@ def digest(examples: Iterable[Example]) -> str:
     for example in examples:
         sha256.update(f"{len(example)},{example.prompt_length},{example.answer_start};".encode())
         sha256.update(example.input_ids.long().numpy())
+        if example.label != 1:
+            sha256.update(f"label {example.label};".encode())
     return sha256.hexdigest()[:16]
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +26,13 @@ CHUNK = 1_000  # rows that a process takes at a time
 
 class Encoded(Sequence):
     """Examples of a datasets.Dataset; each is made when it is asked for. lengths: (n,) tokens; ends: (n,) targets up to
-    the end of each row; reference: of each target its loss before training, if the method asks for it."""
+    the end of each row; reference: of each target its loss before training, if the method asks for it.
 
-    def __init__(self, dataset):
-        self.dataset = dataset.with_format("numpy")
+    If replies are compared, labels: (n,), see Example; units: the places of the examples of each pair, or reply.
+    """
+
+    def __init__(self, dataset, labels: Sequence[int] = (), units: Sequence[tuple[int, ...]] = ()):
+        self.dataset, self.labels, self.units = dataset.with_format("numpy"), labels, units
         self.lengths = self.column("length")
         self.ends = numpy.cumsum(self.lengths - self.column("prompt_length"))
         self.reference: numpy.ndarray | None = None
@@ -40,36 +44,43 @@ class Encoded(Sequence):
         if isinstance(index, slice):
             return [self[one] for one in range(len(self))[index]]
         index = range(len(self))[index]
-        example = example_of(self.dataset[index])
+        example = example_of(self.dataset[index], *self.labels[index : index + 1])
         if self.reference is None:
             return example
         losses = self.reference[self.ends[index] - example.num_targets : self.ends[index]]
         return dataclasses.replace(example, reference=torch.tensor(losses))
 
     def __iter__(self) -> Iterator[Example]:
+        labels = iter(self.labels or itertools.repeat(1))
         for columns in self.dataset.iter(CHUNK):
             for values in zip(*columns.values(), strict=True):
-                yield example_of(dict(zip(columns, values, strict=True)))
+                yield example_of(dict(zip(columns, values, strict=True)), next(labels))
+
+    @property
+    def num_units(self) -> int:
+        """What a step counts: pairs or replies if these are compared, rows otherwise."""
+        return len(self.units) or len(self)
 
     def column(self, name: str) -> numpy.ndarray:
         return numpy.asarray(self.dataset.with_format(None)[name][:], dtype=numpy.int64)
 
 
-def example_of(row: dict) -> Example:
-    ids = torch.from_numpy(row["input_ids"])
-    return Example(ids, int(row["prompt_length"]), int(row["answer_start"]), json.loads(str(row["location"])))
+def example_of(row: dict, label: int = 1) -> Example:
+    ids, place = torch.from_numpy(row["input_ids"]), json.loads(str(row["location"]))
+    return Example(ids, int(row["prompt_length"]), int(row["answer_start"]), place, label=label)
 
 
-def encode_split(split: Split, tokenizer, max_length: int, overlong: str) -> tuple[Encoded, list[Example]]:
-    """The Examples of train and val; completes split.report with token counts. Raises UserError if one is empty."""
+def encode_split(split: Split, encode: dict[str, Callable]) -> dict[str, Encoded]:
+    """The Examples of train, val and, if replies are compared, held; completes split.report with token counts. encode:
+    side -> what makes (Encoded, problems) of its rows. Raises UserError if one is empty."""
     sides = {}
-    for name, rows in (("train", split.train), ("val", split.val)):
-        sides[name], problems = encode_all(rows, tokenizer, max_length, overlong)
+    for name, make in encode.items():
+        sides[name], problems = make(getattr(split, name))
         split.report[name] = token_report(sides[name], problems)
         split.report["problems"] += problems
         if not len(sides[name]):
-            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
-    return sides["train"], list(sides["val"])
+            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length, see --max-length")
+    return sides
 
 
 def encode_all(rows: list[Row], tokenizer, max_length: int, overlong: str) -> tuple[Encoded, list[dict]]:

@@ -23,30 +23,34 @@ class Split:
     test: list[Row] = dataclasses.field(default_factory=list)
     labels: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # location -> set and group, of val
     exam: Exam | None = None
+    held: list[Row] = dataclasses.field(default_factory=list)  # of the replies that are compared, those to evaluate on
 
     def texts(self) -> Iterator[str]:
         """Of every training row, with the names of roles, from which a tokenizer can be made."""
         for row in self.train:
-            for message in row.messages:
+            for message in [*row.messages, *(reply for reply, _ in row.replies[1:])]:
                 yield f"{message['role']}\n{message['content']}{message.get('reasoning_content', '')}"
 
 
-def load_split(config) -> Split:
+def load_split(config, preference: str = "") -> Split:
     """The usable rows of config.dataset, each set split as the original experiment split its own, and the report.
 
     All rows of a set as read are shuffled by `random.seed(split_seed)`, cut at int(n * (1 - val_fraction)); only then
     are rows left out, so a bad row never moves another one to the other side. Test rows are cut off in front of the
     validation rows. config: a loop.config.TrainConfig. Raises UserError.
+
+    preference: pairs or thumbs, if the method compares replies. Then val_fraction of the dataset is `held`, and `val`
+    are ordinary rows: of val_dataset, or else the good replies that are held.
     """
     given, problems, sets = read_given(config.columns), [], []
     labels = Counter()
-    parts: dict[str, list[Row]] = {"train": [], "test": [], "val": []}
+    parts: dict[str, list[Row]] = {"train": [], "test": [], "val": [], "held": []}
     for text in config.dataset:
-        rows, about = read_set(text, config, given, labels, problems)
-        held_out = 0 if config.val_dataset else config.val_fraction
+        rows, about = read_set(text, config, given, labels, problems, preference)
+        held_out = 0 if config.val_dataset and not preference else config.val_fraction
         test = int(len(rows) * (1 - held_out - config.test_fraction)) if config.test_fraction else len(rows)
         val = int(len(rows) * (1 - held_out))
-        cuts = {"train": rows[: min(test, val)], "test": rows[test:val], "val": rows[val:]}
+        cuts = {"train": rows[: min(test, val)], "test": rows[test:val], "held" if preference else "val": rows[val:]}
         for name, part in cuts.items():
             parts[name] += [row for row in part if row is not None]
         sets.append(about)
@@ -59,25 +63,35 @@ def load_split(config) -> Split:
     exam = read_exam(config.exam, given) if config.exam else None
     excluded = Excluded(config.exclude, given, exam.texts if exam else ())
     # A held-out side keeps a shared or an excluded question: the evaluation stays what the split says it is.
-    held = HeldOut()
-    test = held.without(without_repeats(parts["test"], problems), "test", problems)
-    held.add(test, "test")
-    val = held.without(without_repeats(parts["val"], problems), "val", problems)
-    held.add(val, "validation")
-    train = held.without(without_repeats(parts["train"], problems), "train", problems, excluded)
-    train = without_corrected(train, problems)
-    sides = {row.location: side for side, rows in (("train", train), ("val", val), ("test", test)) for row in rows}
+    held_out = HeldOut()
+    test = held_out.without(without_repeats(parts["test"], problems), "test", problems)
+    held_out.add(test, "test")
+    held, val = (held_out.without(without_repeats(parts[name], problems), "val", problems) for name in ("held", "val"))
+    if preference and not config.val_dataset:
+        val = [row for one in held for row in good_reply(one)]
+    held_out.add([*held, *val], "validation")
+    train = held_out.without(without_repeats(parts["train"], problems), "train", problems, excluded)
+    train = train if preference else without_corrected(train, problems)
+    by_side = {"train": train, "val": held or val, "test": test}
+    sides = {row.location: side for side, rows in by_side.items() for row in rows}
     for about in sets:
         about["notes"] += about.pop("feedback").said(sides)
-    split = Split(train, val, make_report(config, sets, train, val, test, problems), test, exam=exam)
+    split = Split(train, val, make_report(config, sets, train, val, test, problems), test, exam=exam, held=held)
     split.labels = find_labels(val, config.group_by)
     split.report["groups"] = Counter(label for labels in split.labels.values() for label in labels)
     split.report["labels"] = split.labels
-    for name, rows in (("train", train), ("evaluate", val)):
+    for name, rows in (("train", train), ("evaluate", val), *([("compare", held)] * bool(preference))):
         if not rows:
             read = f"{split.report['rows']} rows read, val_fraction {config.val_fraction}"
             raise UserError(f"{split.report['dataset']}: nothing left to {name} on: {read}")
     return split
+
+
+def good_reply(row: Row) -> list[Row]:
+    """A row that compares replies, as one that teaches its good reply."""
+    good = [reply for reply, is_good in row.replies if is_good]
+    messages = [*row.messages[:-1], *good[:1]]
+    return [dataclasses.replace(row, columns={"messages": messages}, messages=messages, replies=())] * bool(good)
 
 
 def without_corrected(rows: list[Row], problems: list[dict]) -> list[Row]:
@@ -119,7 +133,8 @@ def without_repeats(rows: list[Row], problems: list[dict]) -> list[Row]:
     seen: dict[bytes, str] = {}
     kept = []
     for row in rows:
-        key = hashlib.blake2b(json.dumps(row.messages, sort_keys=True).encode(), digest_size=16).digest()
+        said = json.dumps([row.messages, row.replies], sort_keys=True)
+        key = hashlib.blake2b(said.encode(), digest_size=16).digest()
         if key in seen:
             problem = f"is the same as {seen[key]}"
             problems.append({"location": row.location, "problem": problem, "action": "duplicate, removed"})
@@ -190,9 +205,10 @@ def split_files(split: Split) -> dict[str, Iterable[str]]:
     """Name -> lines: train.jsonl, val.jsonl (columns as read), *_format.jsonl, data_report.json; test.jsonl if there is
     a test split; exam.jsonl, the subject and number of choices of each question, if there is an exam."""
     files = {"data_report.json": [json.dumps(split.report, ensure_ascii=False, indent=2) + "\n"]}
-    for name, rows in (("train", split.train), ("val", split.val), ("test", split.test)):
-        if rows or name != "test":
+    for name, rows in (("train", split.train), ("val", split.val), ("test", split.test), ("held", split.held)):
+        if rows or name in ("train", "val"):
             files[f"{name}.jsonl"] = to_jsonl(row.columns for row in rows)
+        if (rows or name in ("train", "val")) and not any(row.replies for row in rows):
             files[f"{name}_format.jsonl"] = to_jsonl(line for row in rows for line in to_format(row))
     if split.exam:
         asked = ({"subject": one.subject, "choices": len(one.choices)} for one in split.exam.questions)

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 # What a column of a dataset can be; data/reading/formats.py has the names by which it is told.
-ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options")
+ROLES = ("question", "think", "answer", "dialogue", "system", "history", "context", "options", "chosen", "rejected",
+         "label")  # fmt: skip
 
 
 def may_change(default):
@@ -32,7 +33,8 @@ class TrainConfig:
     val_fraction: float = 0.1
     # Seed of the split. Runs with other seeds then have the same validation rows, and can be compared.
     split_seed: int = 42
-    # Rows to evaluate on, named as those of dataset, of which none is then held out.
+    # Rows to evaluate on, named as those of dataset, of which none is then held out (unless the step file compares
+    # replies, of which some are held out all the same).
     val_dataset: tuple[str, ...] = may_change(())
     # Share of the rows held out for a test, in data/test.jsonl; neither early stopping nor best/ sees them.
     test_fraction: float = may_change(0.0)
@@ -218,6 +220,20 @@ PRESETS = {
         warmup_ratio=0.05,
         run_name="qwen3-1.7b-better",
         output_dir="outputs/qwen3-1.7b-medical-better",
+    ),
+    # After one of these: from feedback, a model whose good replies are likelier and whose bad ones are less likely.
+    "preference": TrainConfig(
+        step_file="recipes/dpo.py",
+        model="outputs/qwen3-1.7b-medical/best",
+        dataset=("feedback.jsonl",),
+        learning_rate=1e-6,
+        warmup_ratio=0.1,
+        gradient_accumulation_steps=8,
+        eval_steps=10,
+        save_steps=50,
+        logging_steps=1,
+        run_name="qwen3-1.7b-preference",
+        output_dir="outputs/qwen3-1.7b-medical-preference",
     ),
     # The same with LoRA, whose updates take a higher rate.
     "lora": TrainConfig(

@@ -35,9 +35,10 @@ class Measure:
     name: str  # of the figure; with a / in it
     title: str  # of its curve
     rows: Sequence[Example]  # to compute, such as those of data.val; the same on every rank
-    of: Callable[[list[Scored]], float | dict[str, float]]  # of their table; several figures are NAME/KEY
+    of: Callable[..., float | dict[str, float]]  # of their table, a list of Scored; several figures are NAME/KEY
     every: int = 0  # steps, a multiple of eval_steps; 0: at each evaluation
     higher_is_better: bool = False
+    needs_first: bool = False  # `of` also gets the table of the first evaluation, before training
 
 
 class Evaluation:
@@ -52,10 +53,10 @@ class Evaluation:
             self.measures.append(Measure("eval/loss", "groups", data.val, lambda table: by_label(table, labels)))
         if config.think_probe:
             self.measures += think_probe(data, config.max_length)
-        self.before: list[Scored] = []  # of the replies, before the first step
+        self.first: dict[str, list[Scored]] = {}  # measure -> its table before the first step, if it needs that
         self.right: list[bool] = []  # which questions of the exam, if this evaluation asked them
         if data.replies:
-            self.measures.append(Measure("forget", "forgetting", data.replies, self.forgotten))
+            self.measures.append(Measure("forget", "forgetting", data.replies, forgotten, needs_first=True))
         if data.split.exam:
             self.measures.append(self.letter_exam(data))
         self.own = run_own(method, "evaluators", data, config) if hasattr(method, "evaluators") else []
@@ -81,17 +82,6 @@ class Evaluation:
             figures |= {measure.name: found} if is_one else {f"{measure.name}/{key}": found[key] for key in found}
         return figures, val
 
-    def forgotten(self, table: list[Scored]) -> dict[str, float]:
-        """How much the loss on replies of the model before training rose, and the standard error. They were drawn from
-        that model, so this is an estimate of KL(before || now) for a token, in nats, which forgetting follows (Shenfeld
-        et al. 2025, arXiv:2509.04259)."""
-        self.before = self.before or table
-        kl, error = rise_of(self.before, table, {"reply": 1.0})
-        files = sorted({line.row.rpartition(":")[0] for line in table})
-        each = {name: [line for line in table if line.row.startswith(f"{name}:")] for name in files if len(files) > 1}
-        by_file = {f"kl/{name}": rise_of(self.before, each[name], {"reply": 1.0})[0] for name in each}
-        return {"kl": kl, "kl_error": error, **by_file}
-
     def letter_exam(self, data: Data) -> Measure:
         """An exam by the likelihood of the letter after a closed block of thinking."""
         exam = data.split.exam
@@ -108,9 +98,10 @@ class Evaluation:
 
     def figures_of(self, measure: Measure, table: list[Scored]) -> float | dict[str, float]:
         """Raises UserError if a step file's own gives no number."""
+        tables = table, *([self.first.setdefault(measure.name, table)] * measure.needs_first)
         if measure not in self.own:
-            return measure.of(table)
-        found = run_own(self.method, f"the measure {measure.name}", table, call=measure.of)
+            return measure.of(*tables)
+        found = run_own(self.method, f"the measure {measure.name}", *tables, call=measure.of)
         for value in found.values() if isinstance(found, dict) else [found]:
             if not isinstance(value, (int, float)):
                 raise UserError(f"the measure {measure.name} gives {value!r}; it gives a number, or a dict of numbers")
@@ -188,6 +179,17 @@ def think_probe(data: Data, max_length: int) -> list[Measure]:
         return {name: loss_of(table, name) for name in changed}
 
     return [Measure("think_probe", "thinking", [row for rows in changed.values() for row in rows], of)]
+
+
+def forgotten(table: list[Scored], first: list[Scored]) -> dict[str, float]:
+    """How much the loss on replies of the model before training rose, and the standard error. They were drawn from that
+    model, so this is an estimate of KL(before || now) for a token, in nats, which forgetting follows (Shenfeld et al.
+    2025, arXiv:2509.04259)."""
+    kl, error = rise_of(first, table, {"reply": 1.0})
+    files = sorted({line.row.rpartition(":")[0] for line in table})
+    each = {name: [line for line in table if line.row.startswith(f"{name}:")] for name in files if len(files) > 1}
+    by_file = {f"kl/{name}": rise_of(first, each[name], {"reply": 1.0})[0] for name in each}
+    return {"kl": kl, "kl_error": error, **by_file}
 
 
 def is_right(questions: list[Question], table: list[Scored]) -> list[bool]:

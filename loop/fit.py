@@ -1,6 +1,7 @@
 """The whole training, from top to bottom."""
 
 from contextlib import suppress
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from loop.record.checkpoint_writer import CheckpointWriter
 from loop.record.interrupt import Interrupt, Stopped
 from loop.reference import add_reference
 from loop.run import Run
+from loop.start.checks import check_preference
 from loop.start.memory import Plan
 from loop.start.resolve import resolve
 from loop.start.step_file import finite, load_step_file
@@ -34,7 +36,7 @@ def fit(config: TrainConfig) -> bool:
     disable_progress_bar()  # of loading and saving weights
     method = load_step_file(config.step_file, config.step_set)
     accelerator = make_accelerator(config)
-    data = read_data(config, accelerator)
+    data = read_data(config, accelerator, method)
     meta_lm = make_meta_lm(config, data.tokenizer)
     config, plan = resolve(config, data, meta_lm, accelerator)
     evaluation = Evaluation(data, config, accelerator, method)
@@ -88,13 +90,16 @@ def fit(config: TrainConfig) -> bool:
     return is_over
 
 
-def read_data(config: TrainConfig, accelerator: Accelerator) -> Data:
+def read_data(config: TrainConfig, accelerator: Accelerator, method: ModuleType) -> Data:
+    check_preference(config, method)
     with accelerator.local_main_process_first():  # a download happens once
         return load_data(
             config,
             lambda texts: load_tokenizer(config.model, texts, weights=not config.dry_run),
             accelerator.process_index,
             accelerator.num_processes,
+            method.PREFERENCE,
+            getattr(method, "ANSWERS_ALONE", False),
         )
 
 

@@ -84,7 +84,7 @@ class Run:
         self.checkpoint, self.state, self.newer, more = on_main_process(self.open)
         check_shared(self.folder)
         self.info |= more
-        evaluation.before = [Scored(*line) for line in self.state.before]
+        evaluation.first = {name: [Scored(*line) for line in lines] for name, lines in self.state.first.items()}
 
     def open(self) -> tuple[Path | None, TrainState, tuple[int, float] | None, dict]:
         """The checkpoint to go on from, its state, a best/ that is newer, and the step files and launches so far. Main
@@ -164,7 +164,7 @@ class Run:
                 f"evaluation gives; there are {', '.join(row)}"
             )
         loss = row[self.info["metric_for_best_model"]]
-        self.state.before = [list(line) for line in self.evaluation.before]
+        self.state.first = {name: [list(line) for line in lines] for name, lines in self.evaluation.first.items()}
         state, is_best = self.state, self.state.is_better(loss)
         seconds = self.progress.take_trained() * self.config.sample_budget or math.inf
         rates = self.samples.answer(model, self.accelerator, state.step, interrupt, seconds)
@@ -195,7 +195,7 @@ class Run:
         causal_lm, tokenizer = self.accelerator.unwrap_model(model).causal_lm, self.data.tokenizer
         weights = self.accelerator.get_state_dict(model)
         weights = {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
-        figures = {"num_train": len(self.data.train), "num_val": len(self.data.val), "step": self.state.step}
+        figures = {"num_train": self.data.train.num_units, "num_val": len(self.data.val), "step": self.state.step}
         figures = {name.removeprefix("eval/"): value for name, value in row.items()} | figures | {"deciding_loss": loss}
         settings = figures | self.info, self.config.language, causal_lm.generation_config
         texts = card(*settings, tokenizer.chat_template)

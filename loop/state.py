@@ -64,8 +64,8 @@ class TrainState:
     best_loss: float | None = None
     best_step: int = 0
     patience_count: int = 0
-    # Of the replies in config.forget, before the first step: row, part, loss, tokens, of which right.
-    before: list[list] = dataclasses.field(default_factory=list)
+    # Measure -> its table before the first step, if it needs that: row, part, loss, tokens, of which right.
+    first: dict[str, list[list]] = dataclasses.field(default_factory=dict)
 
     def stepped(self, metrics: StepMetrics) -> None:
         """Counts one more step, whose losses enter the means if it updated the weights."""

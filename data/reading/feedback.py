@@ -6,7 +6,12 @@
 
 messages end with the reply; a later line with the same id takes the place of an earlier one. A correction is trained in
 the place of the reply, and of other answers to the same question; a liked reply with --train-liked, and nothing else.
-Earlier replies of a dialogue are not trained.
+Earlier replies of a dialogue are not trained. A vote has two replies, and messages that end with the question:
+
+    {"id": ..., "messages": [...], "replies": [{"content": ..., "model": ...}, {...}],
+     "verdict": "a" | "b" | "both_good" | "both_bad" | "withdrawn"}
+
+A method that compares replies (PREFERENCE in its step file) takes the pairs or the thumbs that the lines hold.
 """
 
 import json
@@ -20,6 +25,7 @@ from filelock import FileLock
 from data.reading.texts import is_blank
 
 VERDICTS = ("like", "dislike", "edit", "withdrawn")
+VOTES = {"a": (True, False), "b": (False, True), "both_good": (True, True), "both_bad": (False, False)}
 
 
 def append_feedback(path: Path, line: dict) -> None:
@@ -43,13 +49,22 @@ def is_feedback(row) -> bool:
     return isinstance(row, dict) and "messages" in row and ("verdict" in row or isinstance(row.get("correction"), dict))
 
 
+def is_vote(row: dict) -> bool:
+    return isinstance(row.get("replies"), list)
+
+
 def problem_of(row: dict) -> str | None:
     """Why a line of feedback cannot be understood, and must neither be trained nor counted."""
     messages, correction = row["messages"], row.get("correction")
-    if row.get("verdict") not in VERDICTS:
-        return f"has the verdict {row.get('verdict')!r}; known are {', '.join(VERDICTS)}"
+    known = (*VOTES, "withdrawn") if is_vote(row) else VERDICTS
+    if row.get("verdict") not in known:
+        return f"has the verdict {row.get('verdict')!r}; known are {', '.join(known)}"
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         return "has no list of messages"
+    if is_vote(row):
+        replies = row["replies"]
+        is_whole = len(replies) == 2 and all(isinstance(r, dict) and isinstance(r.get("content"), str) for r in replies)
+        return None if is_whole and messages[-1].get("role") == "user" else "is no vote on two replies to a question"
     if messages[-1].get("role") != "assistant":
         return "its messages do not end with a reply"
     if not is_blank(correction) and not (isinstance(correction, dict) and isinstance(correction.get("content"), str)):
@@ -81,6 +96,8 @@ def correction_of(line: dict) -> dict | None:
 
 def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
     """The messages that a line teaches; None if it teaches nothing."""
+    if is_vote(line):
+        return None
     *before, reply = line["messages"]
     reply = correction_of(line) or (reply if line["verdict"] == "like" and train_liked else None)
     if reply is None:
@@ -90,50 +107,90 @@ def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
     ]
 
 
+def rated_replies(line: dict, kind: str) -> list[tuple[dict, bool]]:
+    """The replies of a line, each with whether it is good. kind: pairs, of a good and a bad one, or thumbs.
+
+    A correction without thinking is one of the answer: it is compared after the thinking of the reply.
+    """
+    if line["verdict"] == "withdrawn":
+        return []
+    if is_vote(line):
+        replies = [{"role": "assistant"} | {k: r[k] for k in ("content", "reasoning_content") if r.get(k)}
+                   for r in line["replies"]]  # fmt: skip
+        rated = list(zip(replies, VOTES[line["verdict"]], strict=True))
+        return rated if kind == "thumbs" or line["verdict"] in ("a", "b") else []
+    reply, correction = line["messages"][-1], correction_of(line)
+    if correction and reply.get("reasoning_content"):
+        correction = {"reasoning_content": reply["reasoning_content"]} | correction
+    if correction and all(correction.get(k, "") == reply.get(k, "") for k in ("content", "reasoning_content")):
+        correction = None
+    if kind == "pairs":
+        return [(correction, True), (reply, False)] if correction else []
+    thumb = {"like": True, "dislike": False, "edit": False if correction else None}[line["verdict"]]
+    return [(correction, True)] * bool(correction) + [(reply, thumb)] * (thumb is not None)
+
+
 class Feedback(NamedTuple):
     """What became of the lines of feedback in a file."""
 
-    trained: dict[str, str]  # location -> corrected or like, of the lines that can be trained on
+    trained: dict[str, str]  # location -> what it teaches, one of TRAINED
     others: Counter  # kind -> lines that cannot
     replaced: int  # lines replaced by later ones
 
     def said(self, sides: dict[str, str]) -> list[str]:
         """sides: location -> train, test or val; rows that were left out are in none."""
         texts = []
-        for kind, name in (("corrected", "corrected"), ("like", "liked")):
+        for kind, name in TRAINED.items():
             places = Counter(sides.get(place, "left out") for place, is_kind in self.trained.items() if is_kind == kind)
             more = [f"{count} {PLACES[side]}" for side, count in places.items() if side != "train"]
             if places:
-                texts.append(f"{places['train']} {name} answers trained" + (f" ({', '.join(more)})" if more else ""))
+                texts.append(f"{places['train']} {name} trained" + (f" ({', '.join(more)})" if more else ""))
         texts += [text.format(self.others[kind]) for kind, text in OTHERS.items() if self.others[kind]]
         texts += [f"{self.replaced} lines replaced by later ones"] if self.replaced else []
         return [f"feedback: {', '.join(texts)}"] if texts else []
 
 
 PLACES = {"val": "held out for validation", "test": "held out for the test", "left out": "left out, see below"}
+TRAINED = {"corrected": "corrected answers", "like": "liked answers", "pairs": "pairs", "thumbs": "lines with thumbs"}
 OTHERS = {
     "like": "{} liked answers not trained (--train-liked trains them)",
-    "dislike": "{} disliked answers without a correction not trained",
+    "dislike": "{} disliked answers without a correction not trained (recipes/kto.py learns from them)",
     "edit": "{} empty corrections not trained",
+    "vote": "{} votes not trained (recipes/dpo.py learns from them)",
+    "no pair": "{} without a better and a worse reply not trained (recipes/kto.py learns from thumbs)",
     "withdrawn": "{} withdrawn",
 }
 
 
-def take_feedback(read: list, train_liked: bool) -> tuple[list, Feedback]:
-    """(rows with the dialogues that are trained in the place of lines of feedback, what became of the lines). A line
-    that cannot be understood becomes its reason."""
+def what_is_trained(line: dict, train_liked: bool, preference: str) -> tuple[dict | None, str]:
+    """(columns of a row, one of TRAINED); (None, one of OTHERS) if the line teaches nothing."""
+    verdict = line["verdict"]
+    if preference:
+        replies = [reply | {"label": is_good} for reply, is_good in rated_replies(line, preference)]
+        prompt = line["messages"] if is_vote(line) else line["messages"][:-1]
+        nothing = verdict if verdict in ("edit", "withdrawn") else "no pair"
+        return ({"prompt": prompt, "replies": replies}, preference) if replies else (None, nothing)
+    dialogue = trained_dialogue(line, train_liked)
+    kind = "corrected" if not is_vote(line) and correction_of(line) else verdict
+    if dialogue is None and is_vote(line) and verdict != "withdrawn":
+        kind = "vote"
+    return ({"messages": dialogue} if dialogue else None), kind
+
+
+def take_feedback(read: list, train_liked: bool, preference: str = "") -> tuple[list, Feedback]:
+    """(rows with what is trained in the place of lines of feedback, what became of the lines): dialogues, or if the
+    method compares replies prompts with their replies. A line that cannot be understood becomes its reason."""
     rows, said = [], Feedback({}, Counter(), 0)
     lines = newest(read)
     for location, row in lines:
         if is_feedback(row):
-            kind = problem_of(row)
-            row, kind = (kind, None) if kind else (row, "corrected" if correction_of(row) else row["verdict"])
-            dialogue = trained_dialogue(row, train_liked) if kind else None
-            if dialogue:
-                said.trained[location] = kind
-            elif kind:
+            if problem := problem_of(row):
+                rows.append((location, problem))
+                continue
+            row, kind = what_is_trained(row, train_liked, preference)
+            if row is None:
                 said.others[kind] += 1
                 continue
-            row = {"messages": dialogue} if dialogue else row
+            said.trained[location] = kind
         rows.append((location, row))
     return rows, said._replace(replaced=len(read) - len(lines))

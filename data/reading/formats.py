@@ -25,6 +25,12 @@ COLUMNS = {
         {"output", "completion"},
         {"content", "solution", "target"},
     ],
+    # Of replies that are compared, see data/reading/preference.py.
+    "chosen": [{"chosen", "chosen_response", "response_chosen", "chosen_messages", "preferred", "preferred_output",
+                "accepted", "pos_resp", "优选", "优选回答", "好回答"}],
+    "rejected": [{"rejected", "reject", "rejected_response", "response_rejected", "rejected_messages",
+                  "non_preferred_output", "dispreferred", "neg_resp", "劣选", "较差回答", "差回答"}],
+    "label": [{"label", "kto_tag", "标签", "评价"}],
 }  # fmt: skip
 NAMES = set().union(*(names for ranks in COLUMNS.values() for names in ranks))
 Given = tuple[tuple[str, str], ...]  # (what it is, column), of --columns

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from data.base.errors import UserError
 from data.leaks import question_key
 from data.reading.feedback import take_feedback
-from data.reading.formats import COLUMNS, NAMES, Ambiguous, Given, as_columns, candidates, read_row
+from data.reading.formats import COLUMNS, NAMES, Ambiguous, Dialogue, Given, as_columns, candidates, read_row
+from data.reading.preference import Rated, read_rated
 from data.reading.read import read_file
 from data.reading.source import find_source
 from data.reading.texts import normal
@@ -35,6 +36,7 @@ class Row:
     messages: list[dict]  # of a data.reading.formats.Dialogue
     dataset: str = ""  # the label of its --dataset
     is_correction: bool = False  # of a model's reply, by a person
+    replies: tuple[tuple[dict, bool], ...] = ()  # those that are compared, and whether each is good; the first is above
 
     @property
     def asked(self) -> list[str]:
@@ -61,8 +63,11 @@ def check_columns(given: Given, sets: list[dict]) -> None:
             raise UserError(f"--columns {role}={column}: no row has this column; there are {listed}")
 
 
-def read_set(text: str, config, given: Given, labels: Counter, problems: list[dict]) -> tuple[list[Row | None], dict]:
-    """(rows in their shuffled order, None for an unusable one; what is to be said of the set)."""
+def read_set(
+    text: str, config, given: Given, labels: Counter, problems: list[dict], preference: str = ""
+) -> tuple[list[Row | None], dict]:
+    """(rows in their shuffled order, None for an unusable one; what is to be said of the set). preference: pairs or
+    thumbs, if the method compares replies."""
     source = find_source(text)
     notes, read = list(source.notes), []
     labels[source.label] += 1
@@ -72,7 +77,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     labels.update(f"file {name}" for name in names)
     for path, name in zip(source.files, names, strict=True):
         read += ((place, as_columns(row)) for place, row in read_file(path, name, source.part, notes))
-    read, feedback = take_feedback(read, config.train_liked)
+    read, feedback = take_feedback(read, config.train_liked, preference)
     random.Random(config.split_seed).shuffle(read)
     read = read[: source.number_of(len(read))]
     if source.amount.isdigit() and int(source.amount) > len(read):
@@ -82,7 +87,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         if isinstance(columns, dict):
             found |= dict.fromkeys(columns)
         try:
-            dialogue = read_row(columns, config.system_prompt, given)
+            dialogue, replies = read_any(columns, preference, config.system_prompt, given)
         except Ambiguous as reason:
             raise UserError(f"{location}: {reason}") from None
         except ValueError as reason:
@@ -94,7 +99,7 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
         unused.update(dialogue.unused)
         problems += [{"location": location, "problem": what, "action": action} for what, action in dialogue.notes]
         is_correction = feedback.trained.get(location) == "corrected"
-        rows.append(Row(location, columns, dialogue.messages, label, is_correction))
+        rows.append(Row(location, columns, dialogue.messages, label, is_correction, tuple(replies)))
     unusable = sum(map(len, reasons.values()))
     if unusable > MAX_UNUSABLE * (len(read) + feedback.others.total()):
         raise UserError(f"{source.name}: {nothing_fits(reasons, unusable, read, given)}")
@@ -117,6 +122,12 @@ def read_set(text: str, config, given: Given, labels: Counter, problems: list[di
     for (column, role), count in sorted(used.items(), key=lambda item: order.index(item[0][1])):
         about["columns"].setdefault(column, {})[role] = count
     return rows, about
+
+
+def read_any(columns, preference: str, system_prompt: str, given: Given) -> tuple[Dialogue, Rated]:
+    if preference:
+        return read_rated(columns, preference, system_prompt, given)
+    return read_row(columns, system_prompt, given), []
 
 
 def show_progress(items: list, what: str) -> tqdm:

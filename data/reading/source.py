@@ -10,6 +10,7 @@ from data.reading.hub import download, is_hub_id
 from data.reading.read import FILE_TYPES, file_type
 
 SAMPLE = Path(__file__).parent.parent / "sample.jsonl"
+EMBEDDED = {"sample": SAMPLE, "sample-feedback": SAMPLE.with_name("sample_feedback.jsonl")}
 SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|eval|test)(?=[^a-z]|$)")
 NUMBER = re.compile(r"\d+")
 LEFT_BEHIND = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -64,10 +65,10 @@ def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:
     path = Path(plain).expanduser()
     if amount.endswith("%") and float(amount[:-1]) > 100:
         raise UserError(f"{text}: at most 100 % of its rows can be taken")
-    if part and (plain == "sample" or (path.is_file() and file_type(path) not in (".json", ".jsonl"))):
+    if part and (plain in EMBEDDED or (path.is_file() and file_type(path) not in (".json", ".jsonl"))):
         raise UserError(f"{text}: {plain} holds no {part!r}; an amount of rows is :1000 or :10%")
-    if plain == "sample":
-        return Source(name, {"": [SAMPLE]}, part, amount)
+    if plain in EMBEDDED:
+        return Source(name, {"": [EMBEDDED[plain]]}, part, amount)
     if path.is_file():
         if file_type(path) is None:
             raise UserError(f"{plain}: a dataset file ends in {', '.join(FILE_TYPES)} (or these with .gz)")

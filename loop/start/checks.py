@@ -13,6 +13,23 @@ PLAIN = (type(None), bool, int, float, complex, str)
 SKIPPED = ("params", "lr", "initial_lr")  # of a group: checkpoints hold the first, the loop sets the others
 
 
+FASTEST = 1e-4  # peak rate of a step that compares replies; the usual ones are from 5e-7 to 5e-6
+
+
+def check_preference(config, method: ModuleType) -> None:
+    """Raises UserError if settings do not go with a step file that compares replies. config: a TrainConfig."""
+    if method.PREFERENCE:
+        if config.learning_rate > FASTEST:
+            raise UserError(
+                f"--learning-rate {config.learning_rate:g}: {name_of(method)} compares replies, and unlearns to speak at "
+                f"such rates; at most {FASTEST:g} is taken, and 1e-6 is usual (the preset `preference`)"
+            )
+        for name, usual in (("think_weight", 1.0), ("answer_weight", 1.0), ("train_liked", False)):
+            if getattr(config, name) != usual:
+                more = "; --step-set ANSWERS_ALONE=True leaves the thinking out" if "weight" in name else ""
+                raise UserError(f"--{name.replace('_', '-')} does not act in {name_of(method)}, which compares replies{more}")
+
+
 def check_optimizers(optimizers, model, file: str) -> None:
     """Raises UserError if they are no list of optimizers whose groups hold every trained parameter exactly once."""
     where = f"make_optimizers in {file}"

@@ -22,8 +22,8 @@ from loop.config import PRESETS, TrainConfig
 USAGE = """\
 accelerate launch train.py [PRESET] [--config FILE.yaml] [--flag value ...]
 
-PRESET is medical (default: the experiment), better (against overfitting), lora (with LoRA) or tiny (embedded data and
-model, on a CPU).
+PRESET is medical (default: the experiment), better (against overfitting), lora (with LoRA), preference (from thumbs,
+corrections and votes) or tiny (embedded data and model, on a CPU).
 --config FILE.yaml reads flags from a file. Later wins: preset < file < flags."""
 
 

@@ -84,10 +84,11 @@ def plan_all(
     device: torch.device,
     shards: int,
     names: Iterable[str] = PROFILES,
+    rows_in_unit: int = 1,
 ) -> dict[str, Plan]:
     """The named profiles, for these settings, of which `compile` is resolved, with what the step file's own step keeps.
     causal_lm: the model, on the meta device will do. lengths: of the training rows, in tokens. shards: processes that
-    share weights, gradients and states."""
+    share weights, gradients and states. rows_in_unit: 2 if replies are compared."""
     plans, tried = {}, {}
     for name in names:
         profile = PROFILES[name]
@@ -98,7 +99,7 @@ def plan_all(
         if config.micro_batch_tokens >= 0:
             profile = profile._replace(micro_batch_tokens=config.micro_batch_tokens)
         batch = config.per_device_train_batch_size
-        longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps]
+        longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps * rows_in_unit]
         limit = profile.micro_batch_tokens or sum(longest[:batch])
         tokens = min(sum(longest), max(limit, longest[0]))
         kind = profile.weights, profile.optim

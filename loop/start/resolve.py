@@ -49,11 +49,11 @@ def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) 
     config = Resolved(**dataclasses.asdict(config) | {"max_steps": max_steps, "compile": compiled})
     shards = processes if accelerator.is_fsdp2 else 1
     available = memory_of(device)
-    lengths = data.train.lengths.tolist()
+    lengths, rows_in_unit = data.train.lengths.tolist(), 2 if data.held else 1
     asked = ("speed", "32g") if config.memory == "auto" else (config.memory,)
-    plans = plan_all(config, meta_lm, lengths, device, shards, PROFILES if config.dry_run else asked)
+    plans = plan_all(config, meta_lm, lengths, device, shards, PROFILES if config.dry_run else asked, rows_in_unit)
     if all(plan.total > available for plan in plans.values()):  # what else would fit?
-        plans = plan_all(config, meta_lm, lengths, device, shards)
+        plans = plan_all(config, meta_lm, lengths, device, shards, rows_in_unit=rows_in_unit)
     plan = choose(plans, config.memory, device, available, config.dry_run)
     if plan.profile.optim == "adamw_8bit" and not config.dry_run:
         import_torchao()
@@ -101,7 +101,8 @@ def announce(config: Resolved, data: Data, plans: dict[str, Plan], available: fl
     )
     if config.dry_run:
         if is_main_process():
-            show_example(data.train[0], data.tokenizer, visible)
+            for example in data.train[: 2 if data.held else 1]:
+                show_example(example, data.tokenizer, visible)
         say(memory_table(plans, plan.name, device, available))
     else:
         strategy = "FSDP2" if accelerator.is_fsdp2 else "DDP" if processes > 1 else tr("one process")

@@ -70,10 +70,13 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
 
 
 def with_reference(method: ModuleType, path: str) -> ModuleType:
-    """The method, whose REFERENCE is "", "logits" or "losses"; see loop/reference.py."""
-    method.REFERENCE = getattr(method, "REFERENCE", "")
-    if method.REFERENCE not in ("", "logits", "losses"):
-        raise UserError(f'{path}: REFERENCE is "logits" or "losses" (or "", for none), not {method.REFERENCE!r}')
+    """The method, whose REFERENCE is "", "logits" or "losses"; see loop/reference.py. If it compares replies, its
+    PREFERENCE is "pairs" or "thumbs"; see data/compared.py."""
+    for name, known in (("REFERENCE", ("logits", "losses")), ("PREFERENCE", ("pairs", "thumbs"))):
+        setattr(method, name, getattr(method, name, ""))
+        if getattr(method, name) not in ("", *known):
+            choices = " or ".join(f'"{one}"' for one in known)
+            raise UserError(f'{path}: {name} is {choices} (or "", for none), not {getattr(method, name)!r}')
     return method
 
 

@@ -5,6 +5,7 @@ is the real one with its forward left out; its gradients are there, so the optim
 copies, and their bytes can be counted.
 """
 
+import dataclasses
 import logging
 import weakref
 from contextlib import contextmanager
@@ -179,8 +180,10 @@ def trained_of(model) -> list[torch.nn.Parameter]:
 
 def one_step(method: ModuleType, model, optimizers: list, step: int, config) -> None:
     reference = torch.zeros(6) if method.REFERENCE == "losses" else None
-    rows = [Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial", reference=reference) for _ in range(2)]
-    batch = make_batch(rows, batch_size=1, step=step)
+    row = Example(torch.zeros(8, dtype=torch.int64), 2, 5, "trial", reference=reference)
+    labels = {"": (1, 1), "pairs": (1, -1, 1, -1), "thumbs": (1, 0, -1, 0)}[method.PREFERENCE]
+    rows = [dataclasses.replace(row, label=label, unit=2 * place // len(labels)) for place, label in enumerate(labels)]
+    batch = make_batch(rows, 2, batch_size=1, step=step)
     finite(run_own(method, "lr_multiplier", step, max(1, config.max_steps), config), method)
     arguments = model, batch.micro_batches[0], batch, config
     check_loss(run_own(method, "micro_batch_loss", *arguments, passes=NOT_FAKE), method)
@@ -208,7 +211,7 @@ class Alone:
         loss.backward()
         self.live.peak = max(peak, self.live.now)
 
-    def gather(self, tensor):
+    def gather(self, tensor, *_, **__):
         return tensor
 
     reduce = gather_for_metrics = gather
