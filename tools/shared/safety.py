@@ -1,0 +1,55 @@
+"""What a page must not pass over: an emergency in a question, a drug or a dose in a reply, and what tells who somebody
+is. The rules are lists of words in safety.yaml, which a team can change; docs/feedback.md says how often they are wrong.
+They point out, they do not judge.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import yaml
+
+# Directly before a word, within its clause; 不 and 无 alone also begin words such as 不适 and 无故.
+NEGATION = re.compile(
+    r"(?:没有|没|未见|未出现|不是|否认|无明显|无|并非|不会|不|no|not|without|never)(?:再)?(?:出现|过|发生|任何|明显)?\s*$"
+)
+CLAUSE = re.compile(r"[，。；！？、,.;!?\n]+")
+
+
+@functools.cache
+def rules() -> dict:
+    found = yaml.safe_load(Path(__file__).with_name("safety.yaml").read_text(encoding="utf-8"))
+    return {kind: {name: re.compile("|".join(one) if isinstance(one, list) else one, re.IGNORECASE)
+                   for name, one in parts.items()} for kind, parts in found.items()}  # fmt: skip
+
+
+def is_emergency(question: str) -> bool:
+    words = rules()["emergency"]
+    signs = [one for one in words["signs"].finditer(question) if not is_negated(question, one.start())]
+    return bool(signs) and (not words["calm"].search(question) or bool(words["now"].search(question)))
+
+
+def is_negated(text: str, place: int) -> bool:
+    *_, before = CLAUSE.split(text[:place])
+    return NEGATION.search(before) is not None
+
+
+def names_drug(reply: str) -> bool:
+    words = rules()["drug"]
+    doses = [one for one in words["doses"].finditer(reply) if not words["calm"].search(clause_of(reply, one.start()))]
+    return bool(words["names"].search(reply) or doses)
+
+
+def clause_of(text: str, place: int) -> str:
+    return CLAUSE.split(text[:place])[-1] + CLAUSE.split(text[place:])[0]
+
+
+def personal(text: str) -> list[tuple[str, str]]:
+    """(kind, what it is) of each, in the order of the text."""
+    found = []
+    for kind, words in rules()["personal"].items():
+        for one in words.finditer(text):
+            place = one.span(one.lastindex or 0)
+            if not any(begin < place[1] and place[0] < end for begin, end, _ in found):
+                found.append((*place, kind))
+    return [(kind, text[begin:end]) for begin, end, kind in sorted(found)]
