@@ -32,22 +32,25 @@ NUMBERS = (100, 400)  # of replies with a thumb
 WRONG = 0.1  # of the thumbs
 DEPARTMENTS = sorted({row["department"] for row in make_rows()})
 FORMS = ("thumbs", "corrected", "votes")
-# Name -> form of the feedback, flags. The rates are the best of three for each, by seed 41 with 400 replies.
+# Name -> form of the feedback, flags, three settings of which one was chosen by seed 41 with 400 replies (--choose).
+ROWS = "--learning-rate 1e-4", "--learning-rate 3e-4", "--learning-rate 1e-3"
+LENGTHS = "--num-train-epochs 3", "--num-train-epochs 10", "--num-train-epochs 30"
 WAYS = {
-    "corrections as rows": ("corrected", "--learning-rate 3e-4"),
-    "likes as rows": ("thumbs", "--train-liked --learning-rate 3e-4"),
-    "KTO, thumbs": ("thumbs", "--step-file recipes/kto.py --learning-rate 1e-4"),
-    "DPO, corrections": ("corrected", "--step-file recipes/dpo.py --learning-rate 1e-4"),
-    "DPO, votes": ("votes", "--step-file recipes/dpo.py --learning-rate 1e-4"),
+    "corrections as rows": ("corrected", "", ROWS, 1),
+    "likes as rows": ("thumbs", "--train-liked", ROWS, 1),
+    "KTO, thumbs": ("thumbs", "--step-file recipes/kto.py --learning-rate 1e-4", LENGTHS, 1),
+    "DPO, corrections": ("corrected", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 1),
+    "DPO, votes": ("votes", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 1),
 }
-COMMON = "--num-train-epochs 3 --gradient-accumulation-steps 4 --warmup-ratio 0.1 --eval-steps 5 --num-samples 0"
+COMMON = "--num-train-epochs 3 --gradient-accumulation-steps 4 --warmup-ratio 0.1 --eval-steps 10 --num-samples 0 "
+COMMON += "--early-stopping-patience 0"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", nargs="+", default=["42", "43", "44", "45", "46"])
-    parser.add_argument("--rates", action="store_true", help="each way at three rates, seed 41, 400 replies")
+    parser.add_argument("--choose", action="store_true", help="each way with its three settings, seed 41, 400 replies")
     args = parser.parse_args()
     disable_progress_bar()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -58,18 +61,19 @@ def main() -> None:
             "--num-samples", 0, "--output-dir", args.folder / "base")  # fmt: skip
     if not (args.folder / "forget.jsonl").exists():
         collect(base, rows, args.folder)
-    ways, numbers, seeds = WAYS, NUMBERS, args.seeds
-    if args.rates:
+    numbers, seeds = NUMBERS, args.seeds
+    ways = {name: (form, f"{flags} {more[chosen]}") for name, (form, flags, more, chosen) in WAYS.items()}
+    if args.choose:
         numbers, seeds = (400,), ["41"]
-        ways = {f"{name} {rate}": (form, f"{flags} --learning-rate {rate}") for name, (form, flags) in WAYS.items()
-                for rate in (("1e-5", "3e-5", "1e-4") if "step-file" in flags else ("1e-4", "3e-4", "1e-3"))}  # fmt: skip
+        ways = {f"{name} {one.split()[-1]}": (form, f"{flags} {one}") for name, (form, flags, more, _) in WAYS.items()
+                for one in more}  # fmt: skip
     print(f"before: {answered(base, rows['test'])}")
     for number in numbers:
-        out = args.folder / f"{'rates' if args.rates else 'race'}-{number}"
+        out = args.folder / f"{'choose' if args.choose else 'race'}-{number}"
         race(out, args.folder, base, number, seeds, ways)
         for name in ways:
-            found = [answered(out / slug(name) / f"seed-{seed}" / "best", rows["test"]) for seed in seeds]
-            show(number, name, found, [figures(out / slug(name) / f"seed-{seed}") for seed in seeds])
+            runs = [out / f"{slug(name)}-{seed}" for seed in seeds]
+            show(number, name, [answered(run / "best", rows["test"]) for run in runs], list(map(figures, runs)))
 
 
 def run(*args) -> None:

@@ -1,13 +1,26 @@
 """What a page must not pass over: an emergency in a question, a drug or a dose in a reply, and what tells who somebody
-is. The rules are lists of words in safety.yaml, which a team can change; docs/feedback.md says how often they are wrong.
-They point out, they do not judge.
+is. They point out, they do not judge; docs/feedback.md says how often they are wrong.
+
+Words are in safety.yaml, which a team can change. An emergency of some length is told by a logistic regression over the
+question's runs of 1 to 4 characters, which benchmarks/make_safety.py makes; a short one, which has few, by the words.
 """
 
 import functools
+import math
 import re
+import unicodedata
+import zlib
+from collections import Counter
 from pathlib import Path
 
+import numpy
 import yaml
+
+FILE = Path(__file__).with_name("safety.npz")
+WEIGHTS = dict(numpy.load(FILE)) if FILE.exists() else {}
+SIZE = 2**15
+SHORT = 48  # bytes: 16 Chinese characters
+SURE = 0.25  # what the regression must give
 
 # Directly before a word, within its clause; 不 and 无 alone also begin words such as 不适 and 无故.
 NEGATION = re.compile(
@@ -23,7 +36,26 @@ def rules() -> dict:
                    for name, one in parts.items()} for kind, parts in found.items()}  # fmt: skip
 
 
+def features(text: str) -> dict[int, float]:
+    """Runs of 1 to 4 characters, hashed: 1 + log(number) of each, of length 1 together."""
+    plain = re.sub(r"\d+", "0", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    plain = f"^{plain}$"
+    runs = (plain[at : at + length] for length in range(1, 5) for at in range(len(plain) - length + 1))
+    counts = Counter(zlib.crc32(run.encode("utf-8", "replace")) % SIZE for run in runs)
+    values = {place: 1 + math.log(number) for place, number in counts.items()}
+    size = math.sqrt(sum(value * value for value in values.values()))
+    return {place: value / size for place, value in values.items()}
+
+
+def is_likely(text: str) -> bool:
+    """Whether the regression takes a question for an emergency."""
+    weights = WEIGHTS["emergency"]
+    return float(weights[-1]) + sum(float(weights[n]) * value for n, value in features(text).items()) > SURE
+
+
 def is_emergency(question: str) -> bool:
+    if len(question.encode("utf-8", "replace")) > SHORT:
+        return is_likely(question)
     words = rules()["emergency"]
     signs = [one for one in words["signs"].finditer(question) if not is_negated(question, one.start())]
     return bool(signs) and (not words["calm"].search(question) or bool(words["now"].search(question)))
