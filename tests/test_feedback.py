@@ -12,7 +12,7 @@ from data.encode import encode_rows
 from data.reading.feedback import append_feedback, correction_of, newest, take_feedback
 from tools.feedback import main as feedback
 from tools.feedback import pairs
-from tools.page.web import Page, Replies
+from tools.page.replies import Page, Replies
 
 QUESTION = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "头晕？"}]
 REPLY = {"role": "assistant", "content": "多喝水。", "reasoning_content": "想一想。"}
@@ -46,11 +46,14 @@ def test_a_new_file_is_its_owners_alone(tmp_path):
     name = replies.begin(QUESTION, {"thinking": True, "temperature": 0.6})
     assert replies.find(name) is None  # nothing has come yet
     replies.known[name] |= {"think": "想一想。", "answer": "多喝水。"}
-    replies.rate(name, "edit", " 少了检查 ", {"content": "先量血压。"})
+    replies.rate(name, "edit", "张三", reason="少了检查", correction={"content": "先量血压。"})
     assert page.feedback.stat().st_mode & 0o777 == 0o600
     kept = json.loads(page.feedback.read_text(encoding="utf-8"))
     assert kept.pop("time").endswith("+00:00") and kept.pop("id") == name
+    assert kept.pop("AIGC") == {"Label": "1", "ContentProducer": "tiny/best", "ProduceID": name}
     assert kept == {
+        "rater": "张三",
+        "session": "",
         "model": "tiny/best",
         "model_sha256": "abc",
         "settings": {"thinking": True, "temperature": 0.6},
@@ -145,7 +148,7 @@ def test_a_thumb_after_a_correction_leaves_it(tmp_path):
     replies = Replies(Page("m", {}, "", True, {"max_new_tokens": 9}, 7860, tmp_path / "feedback.jsonl"))
     name = replies.begin(QUESTION, {})
     replies.known[name]["answer"] = "多喝水。"
-    replies.rate(name, "edit", "", {"content": "先量血压。"})
+    replies.rate(name, "edit", correction={"content": "先量血压。"})
     for verdict in ("like", "withdrawn"):
         replies.rate(name, verdict)
         lines = [json.loads(text) for text in replies.page.feedback.read_text(encoding="utf-8").splitlines()]

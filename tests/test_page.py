@@ -10,7 +10,8 @@ import pytest
 from ranks import free_port
 
 from data.reading.feedback import correction_of, problem_of
-from tools.page.web import Page, Panel, Replies, bubbles, spoken
+from tools.page.replies import Page, Panel, Replies
+from tools.page.show import bubbles, spoken
 
 PIECES = (
     "每日3~5次", "7~10天", "2*3*4 mg", "_下划线_", "**粗**", "`码`", "a <b and c> d", "AST<ULN", "<b>粗</b>",
@@ -35,7 +36,7 @@ def test_300_replies_are_shown_character_by_character():
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium")
-    from tools.page.web import plain_chatbot
+    from tools.page.show import plain_chatbot
 
     said, port = replies(300), free_port()
     history = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
@@ -73,10 +74,10 @@ def click_around(seed: int, path) -> int:
     def ask(tab, text):
         nonlocal count
         count += 1
-        name = made.begin([*spoken(tab["history"]), {"role": "user", "content": text}], {})
+        name = made.begin([*spoken(tab["history"], "【AI 生成】"), {"role": "user", "content": text}], {})
         answer, think = f"答{count}", chance.choice(["", f"想{count}"])
         made.known[name] |= {"answer": chance.choice([answer, answer, ""]), "think": think}
-        shown = bubbles(gradio, name, made.known[name], 0.0, {"thought": "思考", "thinking": "思考中"}, True)
+        shown = bubbles(gradio, name, made.known[name], 0.0, {"thought": "思考", "thinking": "思考中", "mark": "【AI 生成】"}, True)
         tab["history"] = [*tab["history"], {"role": "user", "content": text}, *shown]
         tab["fields"] = Panel.EMPTY  # the event of a new question
 
@@ -95,7 +96,7 @@ def click_around(seed: int, path) -> int:
             elif action == "save":
                 name, question, *_ = tab["fields"]
                 fixed = f"改{chance.random()}"
-                tab["fields"] = panel.correct(tab["history"], name, fixed, "", "")
+                tab["fields"] = panel.save(tab["history"], name, fixed, "", "")
                 expected[name] = question, fixed
             elif action in ("clear", "undo", "retry"):
                 text = tab["history"][last]["content"] if tab["history"] else None

@@ -14,13 +14,15 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from data.base.console import prepare_terminal, visible
-from data.base.errors import UserError
+from data.base.errors import UserError, one_line
+from data.reading.feedback import generated_by
 from loop.record.checkpoint import fingerprints
 from model.export import system_prompt_of
 from model.generate import ReplyError, ReplyStream, load_for_generation, sampling_keywords
 from model.qwen3 import find_model
-from tools.shared.runs import name_of, run_of
+from tools.shared.runs import name_of, read_rows, run_of
 
+FORM = Path(__file__).with_name("page") / "form.yaml"
 TEXTS = yaml.safe_load((Path(__file__).with_name("page") / "texts.yaml").read_text(encoding="utf-8"))
 
 
@@ -31,6 +33,8 @@ def main() -> None:
         run(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except UserError as error:
+        raise SystemExit(f"tools.chat: {error}") from None
     except BrokenPipeError:  # the reader of the answer has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -43,31 +47,96 @@ def run(args: argparse.Namespace) -> None:
         system = system_prompt_of(find_model(args.model)) if args.system is None else args.system
     except UserError as error:
         inner = Path(args.model) / "best"
-        raise SystemExit(f"tools.chat: {error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
+        raise UserError(f"{error}" + (f"; did you mean {inner}?" if inner.is_dir() else "")) from None
     settings = {"max_new_tokens": args.max_new_tokens, **sampling(args)}
     language = args.language or run_of(args.model).get("language", "zh")
     if args.web:
-        from tools.page.web import Page, serve
-
-        sha256 = sha256_of(find_model(args.model)) if args.feedback else ""
-        serve(
-            causal_lm,
-            tokenizer,
-            Page(
-                model=name_of(args.model),
-                text=TEXTS[language],
-                system=system,
-                thinking=not args.nothink,
-                settings=settings,
-                port=args.port,
-                feedback=args.feedback,
-                sha256=sha256,
-            ),
-        )
+        open_page(args, causal_lm, tokenizer, system, settings, language)
     elif args.question is not None:
         answer_one(causal_lm, tokenizer, system, not args.nothink, settings, args, TEXTS[language])
     else:
         chat(causal_lm, tokenizer, system, not args.nothink, settings, TEXTS[language])
+
+
+def open_page(args: argparse.Namespace, causal_lm, tokenizer, system: str, settings: dict, language: str) -> None:
+    from tools.page import versus, web
+    from tools.page.replies import Page
+
+    gradio, names = web.import_gradio(), [name_of(args.model)]
+    page = Page(
+        model=names[0],
+        text=TEXTS[language],
+        system=system,
+        thinking=not args.nothink,
+        settings=settings,
+        port=args.port,
+        feedback=args.feedback,
+        sha256=sha256_of(find_model(args.model)) if args.feedback else "",
+        form=read_form(args.form, language) if args.form else {},
+        rater=args.rater,
+        keep_all=args.keep_all,
+        host=args.host,
+        passwords=read_passwords(args.password_file) if args.password_file else (),
+        names_hidden=args.blind,
+    )
+    if args.versus is None:
+        web.serve(gradio, web.build(gradio, causal_lm, tokenizer, page), page)
+        return
+    other, other_tokenizer = load_for_generation(args.versus, device())
+    folder = find_model(args.versus)
+    names.append(name_of(args.versus))
+    names = names if names[0] != names[1] else [args.model, args.versus]
+    models = [
+        versus.Model(names[0], page.sha256, causal_lm, tokenizer, system),
+        versus.Model(names[1], sha256_of(folder), other, other_tokenizer,
+                     system_prompt_of(folder) if args.system is None else args.system),
+    ]  # fmt: skip
+    questions = read_questions(args.questions, args.group_by) if args.questions else []
+    web.serve(gradio, versus.build(gradio, versus.Versus(page, models, questions)), page)
+
+
+def read_form(path: Path, language: str) -> dict[str, str]:
+    """Item -> what is asked. Raises UserError if the file has no such lines."""
+    try:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read --form {path}: {one_line(error)}") from None
+    form = form.get(language, form) if isinstance(form, dict) else form
+    if not isinstance(form, dict) or not form or not all(isinstance(text, str) and text for text in form.values()):
+        raise UserError(f"--form {path} has lines of the form `item: what is asked of a reply`; see {FORM}")
+    return {str(item): text for item, text in form.items()}
+
+
+def read_passwords(path: Path) -> tuple[tuple[str, str], ...]:
+    """Lines NAME:PASSWORD, of a file that nobody else can read. Raises UserError."""
+    try:
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise UserError(f"--password-file {path} can be read by others: chmod 600 {path}")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --password-file {path}: {one_line(error)}") from None
+    pairs = tuple(tuple(part.strip() for part in line.split(":", 1)) for line in lines)
+    if not pairs or not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise UserError(f"--password-file {path} has lines of the form NAME:PASSWORD")
+    return pairs
+
+
+def read_questions(path: str, group_by: str):
+    """Of a dataset of any form, or a text with a question a line. Raises UserError."""
+    from tools.page.versus import Question
+
+    if path.endswith(".txt"):
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --questions {path}: {one_line(error)}") from None
+        questions = [Question(line.strip()) for line in lines if line.strip()]
+    else:
+        rows = read_rows(path, "")
+        questions = [Question(row.asked[-1], str(row.columns.get(group_by) or "")) for row in rows]
+    if not questions:
+        raise UserError(f"--questions {path} has no question")
+    return list({question.text: question for question in questions}.values())
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -88,6 +157,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="with --web: keep what is said of the replies in this file, to train on it",
     )
+    parser.add_argument("--keep-all", action="store_true", help="with --feedback: keep replies without a verdict, too")
+    parser.add_argument("--rater", default="", metavar="NAME", help="who gives feedback; can be changed on the page")
+    parser.add_argument("--form", nargs="?", const=FORM, type=Path, metavar="FILE.yaml",
+                        help="with --feedback: a form beside the thumbs; default: " + FORM.name)  # fmt: skip
+    parser.add_argument("--versus", metavar="MODEL", help="with --feedback: vote on the replies of two models, blind")
+    parser.add_argument("--blind", action="store_true", help="with --versus: no names after a vote, either")
+    parser.add_argument("--questions", metavar="FILE", help="with --versus: a list to work through; .txt or a dataset")
+    parser.add_argument("--group-by", default="", metavar="COLUMN", help="of --questions: count votes by it, too")
+    parser.add_argument("--host", default="127.0.0.1", help="with --web: 0.0.0.0 lets other machines in")
+    parser.add_argument("--password-file", type=Path, metavar="FILE", help="lines NAME:PASSWORD, asked for by the page")
     parser.add_argument("--system", help="system prompt; default: the one that the model was trained with")
     parser.add_argument("--nothink", action="store_true", help="answer without thinking")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest reply, thinking included")
@@ -99,6 +178,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--feedback needs --web")
     if args.feedback and (args.feedback.suffix != ".jsonl" or not args.feedback.absolute().parent.is_dir()):
         parser.error(f"--feedback {args.feedback} must name a .jsonl file in a folder that exists")
+    for name, needed in (("form", "feedback"), ("keep_all", "feedback"), ("versus", "feedback"), ("blind", "versus"),
+                         ("questions", "versus"), ("group_by", "questions"), ("password_file", "web")):  # fmt: skip
+        if getattr(args, name) and not getattr(args, needed):
+            parser.error(f"--{name.replace('_', '-')} needs --{needed}")
+    if args.host not in ("127.0.0.1", "localhost") and not (args.web and args.password_file):
+        parser.error(f"--host {args.host} lets other machines in, so it needs --web and --password-file")
     if args.json and args.question is None:
         parser.error("--json needs --question")
     if args.question is not None and not args.question.strip():
@@ -150,6 +235,7 @@ def answer_one(causal_lm, tokenizer, system: str, thinking: bool, settings: dict
             **reply._asdict(),
             "tokens": len(stream.ids),
             "seconds": round(stream.seconds, 3),
+            "AIGC": generated_by(name_of(args.model)),
         }
         print(json.dumps(line, ensure_ascii=False))
     elif not sys.stdout.isatty():

@@ -1,20 +1,50 @@
-"""A file of feedback, counted, and as preference pairs for other trainers: python -m tools.feedback FILE [--export trl]
+"""A file of feedback: counted, looked through, exported, trained on, or taken back.
 
-A pair is a dialogue, the corrected reply (chosen) and the model's own (rejected): prompt, chosen, rejected for TRL's
-DPOTrainer; messages and rejected_response for ms-swift. Thinking stands in its block before the answer.
+    python -m tools.feedback FILE                        what is in it: verdicts, win rates, forms
+    python -m tools.feedback FILE --train RUN_DIR [--go] what to train next, and why; --go does it
+    python -m tools.feedback FILE --export trl           preference pairs for other trainers (or swift)
+    python -m tools.feedback FILE --replace OUT          a copy without what tells who somebody is
+    python -m tools.feedback FILE --rater NAME [--copy OUT | --delete]     what one person said
+
+A pair is a prompt, a better and a worse reply: a correction and the model's own, or the two of a vote. Thinking stands
+in its block before the answer.
 """
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+
+from filelock import FileLock
 
 from data.base.console import tool, warn
 from data.base.errors import UserError
 from data.base.files import write_lines
-from data.reading.feedback import correction_of, is_feedback, newest, problem_of
+from data.reading.feedback import (
+    FEEDBACK_ID,
+    correction_of,
+    is_feedback,
+    is_vote,
+    newest,
+    problem_of,
+    rated_replies,
+)
 from data.reading.read import read_file
 from data.template import CLOSE, OPEN
+from loop.record.run_folder import read_run
+from tools.shared.safety import personal
+from tools.shared.votes import is_counted, say_forms, say_votes
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "corrected": "corrected", "like": "liked", "dislike": "disliked without a correction", "edit": "empty correction",
+    "vote": "votes", "shown": "without a verdict", "withdrawn": "withdrawn",
+}  # fmt: skip
+# From so many on a method was better than corrections as rows (benchmarks/RESULTS.md, "Thumbs").
+ENOUGH_PAIRS, ENOUGH_THUMBS = 60, 400
 
 
 def read_feedback(path: Path) -> list[dict]:
@@ -41,49 +71,206 @@ def text_of(reply: dict) -> str:
 
 
 def pairs(lines: list[dict], form: str) -> list[dict]:
-    """Of the lines with a correction that differs from the reply."""
+    """In the form of TRL or ms-swift, with the mark of what is generated."""
     found = []
     for line in lines:
-        correction, (*before, reply) = correction_of(line), line["messages"]
-        if correction is None or text_of(correction) == text_of(reply):
+        rated = sorted(rated_replies(line, "pairs"), key=lambda one: not one[1])
+        if [is_good for _, is_good in rated] != [True, False]:
             continue
+        before = line["messages"] if is_vote(line) else line["messages"][:-1]
         prompt = [{name: message.get(name) for name in ("role", "content")} for message in before]
-        chosen, rejected = ({"role": "assistant", "content": text_of(reply)} for reply in (correction, reply))
+        chosen, rejected = ({"role": "assistant", "content": text_of(reply)} for reply, _ in rated)
         if form == "trl":
-            found.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+            pair = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
         else:
-            found.append({"messages": [*prompt, chosen], "rejected_response": rejected["content"]})
+            pair = {"messages": [*prompt, chosen], "rejected_response": rejected["content"]}
+        found.append(pair | ({"AIGC": line["AIGC"]} if line.get("AIGC") else {}))
     return found
 
 
 @tool("feedback")
 def main() -> None:
+    args = read_arguments()
+    lines = read_feedback(args.file)
+    if args.rater is not None:
+        return of_rater(args)
+    counts = Counter(kind_of(line) for line in lines)
+    print(f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {text}" for kind, text in NAMES.items() if counts[kind]))
+    print("\n".join([*say_votes([line for line in lines if is_counted(line)]), *say_forms(lines)]).strip())
+    if args.replace:
+        replace(args.file, args.replace)
+    elif args.export or args.train:
+        warn_of_persons(args.file)
+    if args.export:
+        export(args, lines)
+    if args.train:
+        train(args, lines)
+
+
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="what tools.chat --web --feedback has written")
+    parser.add_argument("--train", type=Path, metavar="RUN_DIR", help="the run whose best/ gave the replies")
+    parser.add_argument("--go", action="store_true", help="with --train: do it")
     parser.add_argument("--export", choices=("trl", "swift"), help="write preference pairs")
     parser.add_argument("--out", type=Path, help="file for the pairs; default: FILE with .trl or .swift in its name")
+    parser.add_argument("--replace", type=Path, metavar="OUT", help="write a copy with [姓名] and the like in place")
+    parser.add_argument("--rater", metavar="NAME", help="what this person said")
+    parser.add_argument("--copy", type=Path, metavar="OUT", help="with --rater: write it to a file")
+    parser.add_argument("--delete", action="store_true", help="with --rater: take it out of FILE")
+    parser.add_argument("--runs", type=Path, default=Path("outputs"), help="folder of the runs that may have seen it")
     args = parser.parse_args()
-    lines = read_feedback(args.file)
-    counts = Counter("corrected" if correction_of(line) else line["verdict"] for line in lines)
-    names = {
-        "corrected": "corrected",
-        "like": "liked",
-        "dislike": "disliked without a correction",
-        "edit": "empty correction",
-        "withdrawn": "withdrawn",
-    }
-    print(
-        f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {name}" for kind, name in names.items() if counts[kind])
-    )
-    if args.export:
-        out = args.out or args.file.with_suffix(f".{args.export}.jsonl")
-        if out.exists():
-            raise UserError(f"{out} exists; name another file with --out")
-        found = pairs(lines, args.export)
-        if not found:
-            raise UserError("no reply has a correction that differs from it, so there is no pair")
-        write_lines(out, (json.dumps(pair, ensure_ascii=False) + "\n" for pair in found))
-        print(f"{len(found)} pairs: {out}")
+    if (args.go and not args.train) or ((args.copy or args.delete) and args.rater is None):
+        parser.error("--go needs --train; --copy and --delete need --rater")
+    for out in (args.replace, args.copy, args.out):
+        if out and out.exists():
+            raise UserError(f"{out} exists; name another file")
+    return args
+
+
+def kind_of(line: dict) -> str:
+    if is_vote(line):
+        return "vote" if is_counted(line) else "withdrawn"
+    return "corrected" if correction_of(line) else line["verdict"]
+
+
+def export(args: argparse.Namespace, lines: list[dict]) -> None:
+    out = args.out or args.file.with_suffix(f".{args.export}.jsonl")
+    if out.exists():
+        raise UserError(f"{out} exists; name another file with --out")
+    found = pairs(lines, args.export)
+    if not found:
+        raise UserError("no reply has a correction that differs from it, and no vote prefers one, so there is no pair")
+    write_lines(out, to_lines(found))
+    print(f"{len(found)} pairs: {out}")
+
+
+def to_lines(rows: list[dict]):
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# --- who somebody is ---
+
+
+def texts_of(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for one in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+            for text in texts_of(one)]  # fmt: skip
+
+
+def warn_of_persons(path: Path) -> None:
+    found = {}
+    for location, row in read_file(path, path.name, "", []):
+        said = {name: row[name] for name in ("messages", "replies", "correction", "reason") if name in row}
+        if seen := [f"{kind} {text}" for part in texts_of(said) for kind, text in personal(part)]:
+            found[location] = list(dict.fromkeys(seen))
+    for location, seen in list(found.items())[:10]:
+        warn(f"{location} may tell who somebody is: {', '.join(seen)}")
+    if found:
+        warn(f"{len(found)} lines do; --replace OUT writes a copy without. This helps to find them; it is no "
+             "anonymisation")  # fmt: skip
+
+
+def replace(path: Path, out: Path) -> None:
+    number = Counter()
+
+    def without(value):
+        if isinstance(value, dict):
+            return {name: without(one) if name not in ("settings", "AIGC") else one for name, one in value.items()}
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        if isinstance(value, str):
+            for kind, text in personal(value):
+                value = value.replace(text, f"[{kind}]")
+                number[kind] += 1
+        return value
+
+    kept = ("messages", "replies", "correction", "reason")
+    rows = [row for _, row in read_file(path, path.name, "", []) if isinstance(row, dict)]
+    rows = [{name: without(value) if name in kept else value for name, value in row.items()} for row in rows]
+    write_lines(out, to_lines(rows))
+    found = ", ".join(f"{count} {kind}" for kind, count in number.items()) or "nothing"
+    print(f"{out}: replaced {found}. Read it all the same: this helps, and is no anonymisation")
+
+
+def of_rater(args: argparse.Namespace) -> None:
+    """All lines of one person, replaced ones too."""
+    with FileLock(args.file.with_name(f".{args.file.name}.lock")):
+        raw = args.file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(text) if is_json(text) else None for text in raw]
+        own = [n for n, row in enumerate(rows) if isinstance(row, dict) and row.get("rater") == args.rater]
+        ids = {rows[n].get("id") for n in own}
+        if not own:
+            raise UserError(f"{args.file} has no line of the rater {args.rater!r}")
+        print(f"{len(own)} lines of {args.rater} on {len(ids)} replies")
+        if args.copy:
+            write_lines(args.copy, to_lines([rows[n] for n in own]))
+            print(f"copied to {args.copy}")
+        if args.delete:
+            write_lines(args.file, (text + "\n" for n, text in enumerate(raw) if n not in own and text))
+            args.file.chmod(0o600)
+            print(f"deleted from {args.file}")
+    for folder, seen in runs_with(args.runs, ids).items():
+        parts = ", ".join(f"{count} in {side}" for side, count in seen.items())
+        print(f"{folder} has seen them ({parts}): train again without them, and delete its checkpoints/ and best/")
+
+
+def is_json(text: str) -> bool:
+    try:
+        return bool(json.loads(text))
+    except ValueError:
+        return False
+
+
+def runs_with(folder: Path, ids: set) -> dict[Path, Counter]:
+    """Run -> side of its data -> rows that come from these lines."""
+    found: dict[Path, Counter] = {}
+    for file in sorted(folder.rglob("data/*.jsonl")):
+        if (file.parent.parent / "run.json").is_file():
+            for text in file.read_text(encoding="utf-8").split("\n"):
+                if FEEDBACK_ID in text and is_json(text) and json.loads(text).get(FEEDBACK_ID) in ids:
+                    found.setdefault(file.parent.parent, Counter())[file.stem] += 1
+    return found
+
+
+# --- what to train next ---
+
+
+def train(args: argparse.Namespace, lines: list[dict]) -> None:
+    command, why = next_step(args.file, args.train, lines)
+    print(f"{why}:\n  accelerate launch {shlex.join(command)}")
+    if args.go:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT)
+        raise SystemExit(done.returncode)
+
+
+def next_step(file: Path, folder: Path, lines: list[dict]) -> tuple[list[str], str]:
+    """(arguments of python, why these). Raises UserError if there is nothing to train on."""
+    run, best = read_run(folder), folder / "best"
+    if not best.is_dir():
+        raise UserError(f"{folder} has no best/ to go on from")
+    number = {kind: sum(len(rated_replies(line, kind)) for line in lines) for kind in ("pairs", "thumbs")}
+    number["pairs"] //= 2
+    corrected = sum(correction_of(line) is not None for line in lines if not is_vote(line))
+    same = ["--model", best, "--val-dataset", folder / "data/val.jsonl"]
+    same += ["--mixed-precision", run["mixed_precision"], "--max-length", run["max_length"]]
+    same += ["--lora-rank", run["lora_rank"]] if run.get("lora_rank") else []
+    same += ["--language", run["language"], "--output-dir", f"{folder}-preference"]
+    if number["pairs"] >= ENOUGH_PAIRS:
+        more, why = ["preference", "--dataset", file], f"{number['pairs']} pairs, enough for DPO ({ENOUGH_PAIRS})"
+    elif number["thumbs"] >= ENOUGH_THUMBS:
+        more = ["preference", "--step-file", "recipes/kto.py", "--dataset", file]
+        why = f"{number['thumbs']} thumbs, enough for KTO ({ENOUGH_THUMBS})"
+    elif corrected:
+        more = ["better", "--dataset", file, folder / "data/train.jsonl"]
+        why = f"{corrected} corrections, as rows beside those of the run; DPO takes {ENOUGH_PAIRS} pairs"
+    else:
+        raise UserError(
+            f"{number['pairs']} pairs of at least {ENOUGH_PAIRS}, {number['thumbs']} thumbs of at least "
+            f"{ENOUGH_THUMBS}, and no correction: collect more"
+        )
+    return ["train.py", *map(str, more + same)], why
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.base.errors import UserError
 from data.leaks import question_key
-from data.reading.feedback import take_feedback
+from data.reading.feedback import FEEDBACK_ID, take_feedback
 from data.reading.formats import COLUMNS, NAMES, Ambiguous, Dialogue, Given, as_columns, candidates, read_row
 from data.reading.preference import Rated, read_rated
 from data.reading.read import read_file
@@ -125,6 +125,8 @@ def read_set(
 
 
 def read_any(columns, preference: str, system_prompt: str, given: Given) -> tuple[Dialogue, Rated]:
+    if isinstance(columns, dict):  # what is said of a row, and is no part of it
+        columns = {name: value for name, value in columns.items() if name not in (FEEDBACK_ID, "AIGC")}
     if preference:
         return read_rated(columns, preference, system_prompt, given)
     return read_row(columns, system_prompt, given), []
