@@ -1,8 +1,8 @@
 """Weighs what is said in an emergency: python benchmarks/make_safety.py
 
 From the sentences in benchmarks/safety, three sets that were written apart from each other. Prints how often the rules
-of tools/shared/safety.py are wrong, each set judged by weights of the other two, and writes tools/shared/safety.npz with
-the weights of all. The words in safety.yaml were read off set 1 and 2, names of people off set 3, too.
+of tools/shared/safety.py are wrong, each set judged by weights of the other two, and writes the weights of all to
+tools/shared/safety.npz. The words in safety.yaml were read off set 1 and 2, names of people off set 3, too.
 """
 
 import json

@@ -65,7 +65,9 @@ def numbers(losses: list[float]) -> str:
 
 
 def mismatched(row, other):
-    return dataclasses.replace(row, location=f"{row.location}, other", messages=[*row.messages[:-1], other.messages[-1]])
+    return dataclasses.replace(
+        row, location=f"{row.location}, other", messages=[*row.messages[:-1], other.messages[-1]]
+    )
 
 
 def our_losses(method, units, config, folder: Path) -> list[float]:

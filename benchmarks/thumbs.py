@@ -14,8 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from make_sample import make_rows, reply_of, without_department
@@ -26,6 +25,7 @@ from data.template import generation_prompt
 from loop.config import TrainConfig
 from model.generate import generate_ids, load_for_generation, split_reply
 
+ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
 SYSTEM = TrainConfig.system_prompt
 NUMBERS = (100, 400)  # of replies with a thumb
@@ -36,12 +36,15 @@ FORMS = ("thumbs", "corrected", "votes")
 ROWS = "--learning-rate 1e-4", "--learning-rate 3e-4", "--learning-rate 1e-3"
 LENGTHS = "--num-train-epochs 3", "--num-train-epochs 10", "--num-train-epochs 30"
 WAYS = {
-    "corrections as rows": ("corrected", "", ROWS, 1),
+    "corrections as rows": ("corrected", "", ROWS, 2),
     "likes as rows": ("thumbs", "--train-liked", ROWS, 1),
-    "KTO, thumbs": ("thumbs", "--step-file recipes/kto.py --learning-rate 1e-4", LENGTHS, 1),
-    "DPO, corrections": ("corrected", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 1),
-    "DPO, votes": ("votes", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 1),
-}
+    "KTO, thumbs": ("thumbs", "--step-file recipes/kto.py --learning-rate 1e-4", LENGTHS, 0),
+    "DPO, corrections": ("corrected", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 0),
+    "DPO, votes": ("votes", "--step-file recipes/dpo.py --learning-rate 1e-4", LENGTHS, 0),
+    "DPO with RPO, corrections": (
+        "corrected", "--step-file recipes/dpo.py --step-set RPO=1.0 --learning-rate 1e-4", LENGTHS, 0,
+    ),
+}  # fmt: skip
 COMMON = "--num-train-epochs 3 --gradient-accumulation-steps 4 --warmup-ratio 0.1 --eval-steps 10 --num-samples 0 "
 COMMON += "--early-stopping-patience 0"
 
@@ -117,7 +120,11 @@ def collect(base: Path, rows: dict, folder: Path) -> None:
     for number, (row, *replies) in enumerate(zip(rows["asked"], *sides, strict=True)):
         said = [{"role": "assistant", "content": r.answer or "-", "reasoning_content": r.think} for r in replies]
         good = [names_department(reply.answer) != (chance.random() < WRONG) for reply in replies]
-        line = {"id": str(number), "messages": [*dialogue_of(row), said[0]], "verdict": "like" if good[0] else "dislike"}
+        line = {
+            "id": str(number),
+            "messages": [*dialogue_of(row), said[0]],
+            "verdict": "like" if good[0] else "dislike",
+        }
         lines["thumbs"].append(line)
         right = {k: v for k, v in reply_of(row).items() if k != "role"}
         lines["corrected"].append(line if good[0] else {**line, "verdict": "edit", "correction": right})
@@ -126,8 +133,13 @@ def collect(base: Path, rows: dict, folder: Path) -> None:
     for form, found in lines.items():
         for number in NUMBERS:
             write(folder / f"{form}-{number}.jsonl", found[:number])
-    write(folder / "forget.jsonl", [reply_row(dialogue_of(row), *pair, tokenizer)
-                                    for row, pair in zip(rows["val"], drawn(model, tokenizer, rows["val"]), strict=True)])
+    write(
+        folder / "forget.jsonl",
+        [
+            reply_row(dialogue_of(row), *pair, tokenizer)
+            for row, pair in zip(rows["val"], drawn(model, tokenizer, rows["val"]), strict=True)
+        ],
+    )
 
 
 def drawn(model, tokenizer, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
@@ -146,10 +158,14 @@ def slug(name: str) -> str:
 
 def race(out: Path, folder: Path, base: Path, number: int, seeds: list[str], ways: dict) -> None:
     """The first candidate of a race is the preset alone, so the first way is in its flags."""
-    flags = [f"{slug(name)}=--dataset {folder / f'{form}-{number}.jsonl'} {more}" for name, (form, more) in ways.items()]
+    flags = [
+        f"{slug(name)}=--dataset {folder / f'{form}-{number}.jsonl'} {more}" for name, (form, more) in ways.items()
+    ]
     first = ["tiny", "--model", base, "--val-dataset", folder / "val.jsonl", "--forget", folder / "forget.jsonl"]
     first += [*COMMON.split(), "--dataset", folder / f"corrected-{number}.jsonl", "--learning-rate", "1e-5"]
-    run("-m", "tools.race", *first, "--seeds", *seeds, "--out", out, *[part for f in flags for part in ("--against", f)])
+    run(
+        "-m", "tools.race", *first, "--seeds", *seeds, "--out", out, *[part for f in flags for part in ("--against", f)]
+    )
 
 
 def answered(folder: Path, rows: list[dict]) -> tuple[float, float]:

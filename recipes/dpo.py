@@ -5,7 +5,8 @@ docs/feedback.md. --step-set IPO=True: Azar et al. 2023, arXiv:2310.12036, which
 tokens; DPO takes sums). RPO=1.0 adds the cross-entropy of the good replies, which holds on to them when both replies
 become less likely (arXiv:2404.19733). ANSWERS_ALONE=True: the answers are compared, after the good reply's thinking.
 Cost: a forward more in each step, and one of all pairs before the first; no second model.
-Expect: python train.py preference --model tiny --dataset sample-feedback --max-steps 20: eval/loss 7.6.
+Expect: python train.py preference --model tiny --dataset sample-feedback --learning-rate 1e-4 --max-steps 20:
+eval/preference/loss 0.564.
 """
 
 from torch.nn.functional import logsigmoid

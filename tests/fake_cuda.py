@@ -179,7 +179,14 @@ def measure(
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
     if method.REFERENCE == "losses":
         rows = [dataclasses.replace(row, reference=torch.zeros(row.num_targets)) for row in rows]
-    batch = make_batch(rows, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
+    units = len(rows)
+    if method.PREFERENCE == "pairs":
+        units //= 2
+        rows = [dataclasses.replace(row, label=1 - 2 * (n % 2), unit=n // 2) for n, row in enumerate(rows)]
+    elif method.PREFERENCE:
+        pairs = [(n, row, label) for n, row in enumerate(rows) for label in (1 - 2 * (n % 2), 0)]
+        rows = [dataclasses.replace(row, label=label, unit=n) for n, row, label in pairs]
+    batch = make_batch(rows, units, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
     recorder = Recorder()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

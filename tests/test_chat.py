@@ -3,8 +3,8 @@
 import io
 import json
 import os
-import re
 import pty
+import re
 import shutil
 import signal
 import socket

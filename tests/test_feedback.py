@@ -98,8 +98,8 @@ def test_what_is_trained_of_a_file(kept, jsonl, tokenizer, train_liked):
     (note,) = split.report["datasets"][1]["notes"]
     liked = "1 liked answers trained" if train_liked else "1 liked answers not trained (--train-liked trains them)"
     assert note == (
-        f"feedback: 3 corrected answers trained, {liked}, 1 disliked answers without a correction not trained (recipes/kto.py "
-        "learns from them), "
+        f"feedback: 3 corrected answers trained, {liked}, 1 disliked answers without a correction not trained "
+        "(recipes/kto.py learns from them), "
         "1 empty corrections not trained, 1 lines replaced by later ones"
     )
     assert split.report["unusable"] == 0

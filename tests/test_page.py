@@ -77,7 +77,9 @@ def click_around(seed: int, path) -> int:
         name = made.begin([*spoken(tab["history"], "【AI 生成】"), {"role": "user", "content": text}], {})
         answer, think = f"答{count}", chance.choice(["", f"想{count}"])
         made.known[name] |= {"answer": chance.choice([answer, answer, ""]), "think": think}
-        shown = bubbles(gradio, name, made.known[name], 0.0, {"thought": "思考", "thinking": "思考中", "mark": "【AI 生成】"}, True)
+        shown = bubbles(
+            gradio, name, made.known[name], 0.0, {"thought": "思考", "thinking": "思考中", "mark": "【AI 生成】"}, True
+        )
         tab["history"] = [*tab["history"], {"role": "user", "content": text}, *shown]
         tab["fields"] = Panel.EMPTY  # the event of a new question
 

@@ -35,7 +35,8 @@ PAIRS = {
     "alpaca": {"instruction": "头晕？", "input": "", "chosen": GOOD, "rejected": BAD},
     "ms-swift": {"messages": [USER, SAID[0]], "rejected_response": BAD},
     "OpenAI": {"input": {"messages": [USER]}, "preferred_output": SAID[:1], "non_preferred_output": SAID[1:]},
-    "HH-RLHF": {"chosen": f"\n\nHuman: 头晕？\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: 头晕？\n\nAssistant: {BAD}"},
+    "HH-RLHF": {"chosen": f"\n\nHuman: 头晕？\n\nAssistant: {GOOD}",
+                "rejected": f"\n\nHuman: 头晕？\n\nAssistant: {BAD}"},
     "a prompt with its speaker": {"prompt": "\n\nHuman: 头晕？\n\nAssistant:", "chosen": GOOD, "rejected": BAD},
     "with scores": {"question": "头晕？", "chosen": {"text": GOOD, "score": 9}, "rejected": {"text": BAD, "score": 1}},
     "a label of another kind": {"question": "头晕？", "label": "心内科", "chosen": GOOD, "rejected": BAD},
@@ -53,7 +54,8 @@ REFUSED = {
     "other prompts": ({"chosen": [USER, SAID[0]], "rejected": [{**USER, "content": "咳嗽？"}, SAID[1]]}, "pairs",
                       "different prompts"),
     "another prompt beside them": ({**PAIRS["whole dialogues"], "prompt": "咳嗽？"}, "pairs", "different prompts"),
-    "ends with a question": ({"chosen": [USER, SAID[0], USER], "rejected": [USER, SAID[1]]}, "pairs", "end with a reply"),
+    "ends with a question": ({"chosen": [USER, SAID[0], USER], "rejected": [USER, SAID[1]]}, "pairs",
+                             "end with a reply"),
     "a thumb for pairs": (THUMBS["TRL"], "pairs", "recipes/kto.py"),
     "a label like no other": ({**THUMBS["TRL"], "label": "一般"}, "thumbs", "一般"),
     "a dialogue alone": ({"messages": [USER, SAID[0]]}, "pairs", "compares no replies"),
@@ -124,9 +126,16 @@ def rows_of(number: int, prompts: int = 99) -> list[Row]:
     """Rows with a good and a bad reply, whose lengths differ."""
     rows = []
     for n in range(number):
-        prompt = [{"role": "system", "content": "你是一个医学专家。"}, {"role": "user", "content": f"第{n % prompts}个问题？"}]
+        prompt = [
+            {"role": "system", "content": "你是一个医学专家。"},
+            {"role": "user", "content": f"第{n % prompts}个问题？"},
+        ]
         good = {"role": "assistant", "content": f"第{n}个回答。" * (n % 3 + 1), "reasoning_content": f"先想第{n}步。"}
-        bad = {"role": "assistant", "content": "多喝水，注意休息。" * (n % 2 + 1), "reasoning_content": "先想一步。" * (n % 4 + 1)}
+        bad = {
+            "role": "assistant",
+            "content": "多喝水，注意休息。" * (n % 2 + 1),
+            "reasoning_content": "先想一步。" * (n % 4 + 1),
+        }
         rows.append(Row(f"f:{n}", {}, [*prompt, good], replies=((good, True), (bad, False))))
     return rows
 
@@ -240,7 +249,9 @@ def test_the_gradient_is_that_of_the_loss_written_out(name, make_model, tokenize
             assert (parameter.grad - wanted[path]).abs().max() <= 1e-5 * scale, (packing, path)
         logged = {key: float(total) / count for key, total, count in batch.logged}
         extra = sum(losses_of(plain, row).sum() for row in good) / sum(row.num_targets for row in good)
-        assert logged["preference_loss"] + (extra.item() if name == "rpo" else 0) == pytest.approx(loss.item(), rel=1e-5)
+        assert logged["preference_loss"] + (extra.item() if name == "rpo" else 0) == pytest.approx(
+            loss.item(), rel=1e-5
+        )
         # What is reported as the loss is the cross-entropy of the good replies, and nothing of the others.
         assert float(sums.sum()) / batch.num_targets == pytest.approx(extra.item(), rel=1e-5)
         assert batch.num_targets == sum(row.num_targets for row in good)
@@ -269,12 +280,14 @@ def test_figures_of_held_out_replies():
         own_parts: tuple = ()
 
     class Held(list):
-        units = [(0, 1), (2, 3)]
+        units = ((0, 1), (2, 3))
 
     rows = [Row(1, "a", 2), Row(-1, "b", 4), Row(1, "c", 2), Row(-1, "d", 2)]
     data = type("Data", (), {"held": Held(rows)})
     first = [Scored(row.location, "reply", 10.0, row.num_targets, 0) for row in rows]
-    now = [Scored(row.location, "reply", loss, row.num_targets, 0) for row, loss in zip(rows, (8, 12, 11, 9), strict=True)]
+    now = [
+        Scored(row.location, "reply", loss, row.num_targets, 0) for row, loss in zip(rows, (8, 12, 11, 9), strict=True)
+    ]
     dpo = load_step_file(str(ROOT / "recipes/dpo.py"))
     figures = held_out(data, dpo.loss_of).of(now, first)
     assert figures["accuracy"] == 0.5 and figures["margin"] == (4 - 2) / 2
@@ -285,7 +298,9 @@ def test_figures_of_held_out_replies():
 
 # --- runs ---
 
-ARGS = "preference --dataset sample-feedback:60 --max-length 200 --mixed-precision no --learning-rate 1e-4 --max-steps 6 "
+ARGS = (
+    "preference --dataset sample-feedback:60 --max-length 200 --mixed-precision no --learning-rate 1e-4 --max-steps 6 "
+)
 ARGS += "--val-fraction 0.2 --eval-steps 3 --save-steps 2 --num-samples 0 --early-stopping-patience 0 --language en"
 BATCH = {"one": 6, "ddp2": 3, "ddp3": 2, "fsdp2": 3, "lora": 6}
 
@@ -330,7 +345,10 @@ def test_any_number_of_processes_trains_the_same(recipe, strategy, whole):
 @pytest.mark.integration
 @pytest.mark.parametrize(("recipe", "strategy"), [("dpo", "one"), ("kto", "ddp2"), ("dpo", "fsdp2"), ("kto", "lora")])
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, whole, small_folder, tmp_path):
-    args, launch = arguments(small_folder, recipe, strategy, tmp_path / "run"), "one" if strategy == "lora" else strategy
+    args, launch = (
+        arguments(small_folder, recipe, strategy, tmp_path / "run"),
+        "one" if strategy == "lora" else strategy,
+    )
     assert -9 in run([*args], launch, "kill_in_step(5)", tmp_path / "log").codes
     done = run([*args, "--resume"], launch, log=tmp_path / "log")
     assert set(done.codes) == {0} and "resumed from" in done.output, done.output
@@ -372,7 +390,9 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(more, said, small_fol
 
 
 def test_rows_of_the_run_before_are_what_the_usual_losses_are_of(small_folder, jsonl, tmp_path):
-    val = jsonl([{"question": f"第{n}个问题？", "think": "想。", "answer": f"第{n}个。"} for n in range(7)], "val.jsonl")
+    val = jsonl(
+        [{"question": f"第{n}个问题？", "think": "想。", "answer": f"第{n}个。"} for n in range(7)], "val.jsonl"
+    )
     args = [*arguments(small_folder, "kto", "one", tmp_path / "run"), "--max-steps", 1, "--val-dataset", val]
     done = run(args, log=tmp_path / "log")
     assert done.codes == [0], done.output

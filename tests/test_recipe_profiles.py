@@ -32,12 +32,12 @@ class Case:
         self.config = settings(memory=memory, optim=profile.optim, weights=str(profile.weights)[6:])
         self.dtype, self.accelerator = profile.weights, accelerator
         self.make_model = lambda: make_model(profile.gradient_checkpointing, profile.weights, loss_chunk=40)
-        self.model, self.rows = self.make_model(), examples[:3]
+        self.model, self.rows, self.units = self.make_model(), examples[:3], 0
         self.before = [p.detach().clone() for p in self.model.parameters()]
 
     @property
     def batch(self):
-        return make_batch(self.rows, batch_size=3, seed=7)
+        return make_batch(self.rows, self.units, batch_size=3, seed=7)
 
     def optimizers(self):
         return peaks(self.method.make_optimizers(self.model, self.config))
@@ -226,6 +226,37 @@ def schedule_free(case: Case) -> None:
     torch.testing.assert_close(first, 0.9 * mean + 0.1 * moved[-1], rtol=1e-5, atol=1e-7)
     with case.method.evaluated_weights(case.model, optimizers):
         torch.testing.assert_close(first, mean, rtol=1e-5, atol=1e-7)
+
+
+def compared(case: Case, labels: dict[int, tuple[int, ...]]) -> None:
+    """labels: unit -> those of its rows. The losses before training are far from those of now."""
+    rows, case.units = iter(case.rows), len(labels)
+    case.rows = [
+        dataclasses.replace(next(rows), label=label, unit=unit) for unit, own in labels.items() for label in own
+    ]
+    case.rows = [dataclasses.replace(row, reference=torch.full((row.num_targets,), 7.6 if row.label else 0.0))
+                 for row in case.rows]  # fmt: skip
+
+
+def dpo(case: Case) -> None:
+    compared(case, {0: (1, -1)})
+
+    def loss(losses, logits, ids, micro_batch):
+        good, bad = micro_batch.by_row(micro_batch.reference - losses)
+        return -F.logsigmoid(0.1 * (good - bad))
+
+    has_gradient(case, loss)
+
+
+def kto(case: Case) -> None:
+    """The reply to another prompt is less likely than before, so the divergence is taken to be 0."""
+    compared(case, {0: (1, 0), 1: (-1,)})
+
+    def loss(losses, logits, ids, micro_batch):
+        good, bad = micro_batch.by_row(micro_batch.reference - losses)
+        return (1 - torch.sigmoid(0.1 * good) + 1 - torch.sigmoid(-0.1 * bad)) / 2
+
+    has_gradient(case, loss)
 
 
 @pytest.mark.parametrize("memory", PROFILES)

@@ -95,7 +95,9 @@ def main() -> None:
     if args.rater is not None:
         return of_rater(args)
     counts = Counter(kind_of(line) for line in lines)
-    print(f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {text}" for kind, text in NAMES.items() if counts[kind]))
+    print(
+        f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {text}" for kind, text in NAMES.items() if counts[kind])
+    )
     print("\n".join([*say_votes([line for line in lines if is_counted(line)]), *say_forms(lines)]).strip())
     if args.replace:
         replace(args.file, args.replace)

@@ -7,15 +7,20 @@ kto_tag. And prompt, replies: what data/reading/feedback.py makes of feedback an
 """
 
 import re
+from contextlib import suppress
 
 from data.reading.formats import COLUMNS, Columns, Dialogue, Given, as_columns, is_dialogue, read_row
 from data.reading.messages import ROLES
 from data.reading.texts import from_text, is_blank, normal
 
 KINDS = ("pairs", "thumbs")  # what a step file can compare: two replies to one prompt, or replies each with a thumb
-GOOD = {"true", "1", "1.0", "good", "like", "yes", "desirable", "thumbs_up", "👍", "好", "好评", "赞", "点赞", "是", "满意"}
-BAD = {"false", "0", "0.0", "-1", "bad", "dislike", "no", "undesirable", "thumbs_down", "👎", "坏", "差", "差评", "踩", "点踩",
-       "否", "不满意"}  # fmt: skip
+GOOD = {
+    "true", "1", "1.0", "good", "like", "yes", "desirable", "thumbs_up", "👍", "好", "好评", "赞", "点赞", "是", "满意",
+}  # fmt: skip
+BAD = {
+    "false", "0", "0.0", "-1", "bad", "dislike", "no", "undesirable", "thumbs_down", "👎", "坏", "差", "差评", "踩",
+    "点踩", "否", "不满意",
+}  # fmt: skip
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")  # in texts as those of HH-RLHF
 
 Rated = list[tuple[dict, bool]]  # assistant messages, each with whether it is good
@@ -47,7 +52,9 @@ def read_rated(columns, kind: str, system_prompt: str = "", given: Given = ()) -
     elif label is not None:
         sides = [({name: value for name, value in rest.items() if row.used.get(name) != "label"}, truth(label))]
     else:
-        raise ValueError("compares no replies: it has neither chosen and rejected nor a label (--columns can name them)")
+        raise ValueError(
+            "compares no replies: it has neither chosen and rejected nor a label (--columns can name them)"
+        )
     return put_together(row, sides, kind, system_prompt, given)
 
 
@@ -120,10 +127,8 @@ def side_of(rest: dict, reply) -> dict:
 def as_messages(reply) -> list[dict]:
     """A reply, or a whole dialogue, as messages of any form."""
     if isinstance(reply, str) and reply.lstrip()[:1] in ("[", "{"):
-        try:
+        with suppress(ValueError):
             reply = from_text(reply.strip(), "")
-        except ValueError:
-            pass
     if isinstance(reply, dict):
         reply = {name: value for name, value in reply.items() if name != "label"}
         reply = [reply if reply.keys() & {"role", "from"} else {"role": "assistant", **reply}]

@@ -21,13 +21,15 @@ def check_preference(config, method: ModuleType) -> None:
     if method.PREFERENCE:
         if config.learning_rate > FASTEST:
             raise UserError(
-                f"--learning-rate {config.learning_rate:g}: {name_of(method)} compares replies, and unlearns to speak at "
-                f"such rates; at most {FASTEST:g} is taken, and 1e-6 is usual (the preset `preference`)"
+                f"--learning-rate {config.learning_rate:g}: {name_of(method)} compares replies, and a model unlearns "
+                f"to speak at such rates; at most {FASTEST:g} is taken, and 1e-6 is usual (the preset `preference`)"
             )
         for name, usual in (("think_weight", 1.0), ("answer_weight", 1.0), ("train_liked", False)):
             if getattr(config, name) != usual:
                 more = "; --step-set ANSWERS_ALONE=True leaves the thinking out" if "weight" in name else ""
-                raise UserError(f"--{name.replace('_', '-')} does not act in {name_of(method)}, which compares replies{more}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} does not act in {name_of(method)}, which compares replies{more}"
+                )
 
 
 def check_optimizers(optimizers, model, file: str) -> None:

@@ -3,6 +3,7 @@
 import uuid
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from data.reading.feedback import append_feedback, generated_by
@@ -20,7 +21,7 @@ class Page(NamedTuple):
     port: int
     feedback: Path | None = None
     sha256: str = ""  # of the weights
-    form: dict = {}  # item -> what is asked of each reply
+    form: dict = MappingProxyType({})  # item -> what is asked of each reply
     rater: str = ""  # who gives feedback, unless the page is told
     keep_all: bool = False  # replies without a verdict, too
     host: str = "127.0.0.1"

@@ -41,7 +41,9 @@ def bubbles(gradio, name: str, known: dict, seconds: float, text: dict, done: bo
     """Lines above the reply if the question may be an emergency, or the reply names a drug or a dose; the thinking in a
     block that folds once it is done; the answer with its mark."""
     notices = {"emergency": is_emergency(known["messages"][-1]["content"]), "drug": names_drug(known["answer"])}
-    shown = [gradio.ChatMessage(content=text[kind], metadata={"id": NOTICE}) for kind, is_so in notices.items() if is_so]
+    shown = [
+        gradio.ChatMessage(content=text[kind], metadata={"id": NOTICE}) for kind, is_so in notices.items() if is_so
+    ]
     if known["think"]:
         state = {"title": text["thought"], "status": "done", "duration": seconds}
         state = state if done else {"title": text["thinking"], "status": "pending"}
