@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from data.encode import control_tokens
 from data.template import generation_prompt
 from model.generate import generate_ids, load_for_generation, split_reply
 from tools.shared.runs import read_side
@@ -36,8 +37,12 @@ with args.out.open("w", encoding="utf-8") as file:
         )
         for row, prompt, (_, ids) in zip(some, prompts, found, strict=True):
             reply, true = split_reply(ids, tokenizer, ends, prompt), row.messages[-1]
-            if reply.answer:
-                said = {"role": "assistant", "content": reply.answer, "reasoning_content": reply.think}
+            # What is not one block of thinking and an answer is all answer, without the tokens that it may not have.
+            is_whole = reply.closed and reply.answer and not control_tokens(tokenizer).search(reply.think + reply.answer)
+            whole = control_tokens(tokenizer).sub("", tokenizer.decode(ids)).strip()
+            think, answer = (reply.think, reply.answer) if is_whole else ("", whole)
+            if answer:
+                said = {"role": "assistant", "content": answer} | ({"reasoning_content": think} if think else {})
                 correction = {name: true[name] for name in ("content", "reasoning_content") if name in true}
                 line = {"id": row.location, "messages": [*row.messages[:-1], said], "verdict": "edit"}
                 file.write(json.dumps({**line, "correction": correction}, ensure_ascii=False) + "\n")

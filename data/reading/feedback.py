@@ -124,7 +124,9 @@ def rated_replies(line: dict, kind: str) -> list[tuple[dict, bool]]:
         replies = [{"role": "assistant"} | {k: r[k] for k in ("content", "reasoning_content") if r.get(k)}
                    for r in line["replies"]]  # fmt: skip
         rated = list(zip(replies, VOTES[line["verdict"]], strict=True))
-        return rated if kind == "thumbs" or line["verdict"] in ("a", "b") else []
+        # A reply that was cut off in its thinking cannot be put together again.
+        whole = [(reply, is_good) for reply, is_good in rated if not is_blank(reply.get("content"))]
+        return whole if kind == "thumbs" or (line["verdict"] in ("a", "b") and whole == rated) else []
     reply, correction = line["messages"][-1], correction_of(line)
     if correction and reply.get("reasoning_content"):
         correction = {"reasoning_content": reply["reasoning_content"]} | correction

@@ -1,0 +1,260 @@
+"""Votes, forms, marks and lines above a reply; what is counted, followed up and taken back."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, good_row
+from ranks import run
+
+from data.reading.feedback import append_feedback
+from tools import chat, feedback
+from tools.page import versus
+from tools.page.replies import Page, Panel, Replies
+from tools.page.show import bubbles, id_from, spoken
+from tools.shared import safety
+from tools.shared.votes import agreements, kappa, rate, say_forms, say_votes, side
+
+USER, TEXT = {"role": "user", "content": "头晕？"}, chat.TEXTS["zh"]
+GRADIO = SimpleNamespace(ChatMessage=lambda content, metadata: SimpleNamespace(
+    role="assistant", content=content, metadata=metadata))  # fmt: skip
+
+
+def vote(verdict: str, rater="张三", question="头晕？", left="a", **more) -> dict:
+    replies = [{"role": "assistant", "content": text, "model": text} for text in ("甲", "乙")]
+    return {"id": f"{rater}-{question}", "rater": rater, "messages": [{"role": "user", "content": question}],
+            "replies": replies, "left": left, "verdict": verdict, **more}  # fmt: skip
+
+
+def test_win_rates_intervals_and_agreement():
+    assert rate(8, 10) == "8 of 10 (80%, 95 %: 49% to 94%)"  # Wilson 1927
+    # Cohen's example: 20 both yes, 15 both no, 5 and 10 apart.
+    assert kappa([("y", "y")] * 20 + [("n", "n")] * 15 + [("y", "n")] * 5 + [("n", "y")] * 10) == pytest.approx(0.4)
+    lines = [vote("b", question=str(n), left="ab"[n % 2], group="心内科" if n < 8 else "儿科") for n in range(12)]
+    lines += [vote("a", "李四", str(n)) for n in range(3)] + [vote("both_bad", "李四", "3"), vote("b", "李四", "4")]
+    said = say_votes(lines)
+    assert said[:2] == ["17 votes, A = 甲, B = 乙", "  A better 3, B better 13, both good 0, both bad 1"]
+    assert said[2].startswith("  B wins 13 of 16 (81%")
+    for part in ("rater 李四: B wins 1 of 4", "group 心内科: B wins 8 of 8"):
+        assert any(part in text for text in said), said
+    (agreed,) = agreements(lines)
+    assert agreed.startswith("张三 and 李四 agree on 1 of 5 questions, κ = 0.00")
+    # A rater who always takes the left side is found out.
+    always = [vote("ab"[n % 2], question=str(n), left="ab"[n % 2]) for n in range(10)]
+    assert side(always).endswith("p = 0.002: a side was preferred") and "preferred" not in side(lines)
+    forms = [{"form": {"safe": answer}} for answer in ("yes", "yes", "no", "unknown")] + [{}]
+    assert say_forms(forms) == ["4 forms", f"  safe: {rate(2, 3)}; cannot say 1"]
+
+
+class Stream:
+    """A reply without a model: what the question is, and who answers."""
+
+    def __init__(self, causal_lm, tokenizer, dialogue, thinking, **settings):
+        self.pieces = [("think", "想。"), ("answer", f"{causal_lm}{random.random()}")]
+
+    def __iter__(self):
+        yield from self.pieces
+
+
+def votes_page(path: Path, questions=()) -> versus.Versus:
+    page = Page("A", TEXT, "系统", True, {"max_new_tokens": 9}, 7860, path, "sha-A")
+    models = [versus.Model("A", "sha-A", "甲", None, "系统"), versus.Model("B", "sha-B", "乙", None, "系统")]
+    return versus.Versus(page, models, [versus.Question(text, "组") for text in questions])
+
+
+def answer(page: versus.Versus, question) -> tuple[dict, list]:
+    now = page.begin(question)
+    shown = [[*page.stream(GRADIO, now, side)][-1] for side in (0, 1)]
+    return now, shown
+
+
+def test_a_vote_is_of_the_model_that_stood_there_whatever_the_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(versus, "ReplyStream", Stream)
+    page, seen = votes_page(tmp_path / "votes.jsonl"), set()
+    for number in range(30):
+        now, shown = answer(page, versus.Question(f"问题{number}"))
+        best = next(side for side in (0, 1) if "甲" in shown[side][-1].content)  # A's reply, whichever side
+        assert "A" not in shown[0][-1].content.replace("【AI 生成】", "")  # the name is nowhere
+        page.vote(now, ("left", "right")[best], " 更完整 ", "张三", "s1")
+        seen.add(best)
+    lines = [json.loads(text) for text in (tmp_path / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["verdict"] for line in lines} == {"a"} and seen == {0, 1}
+    assert {line["left"] for line in lines} == {"a", "b"} and lines[0]["reason"] == "更完整"
+    assert lines[0]["AIGC"] == {"Label": "1", "ContentProducer": "A / B", "ProduceID": lines[0]["id"]}
+    with pytest.raises(LookupError):
+        page.vote(page.begin(versus.Question("没有回复")), "left", "", "张三", "")
+
+
+def test_a_list_is_worked_through_by_each_rater_on_the_same_replies(tmp_path, monkeypatch):
+    monkeypatch.setattr(versus, "ReplyStream", Stream)
+    path, questions = tmp_path / "votes.jsonl", ("一", "二", "三")
+    page, texts = votes_page(path, questions), {}
+    for rater in ("张三", "李四", "张三"):
+        if rater == "李四":
+            page = votes_page(path, questions)  # begun again: what was answered and voted is in the file
+        question, done = page.next_for(rater)
+        assert done == (1 if question.text == "二" else 0)
+        now, _ = answer(page, question)
+        found = [reply["content"] for reply in now["replies"]]
+        assert texts.setdefault(question.text, found) == found
+        page.vote(now, "both_good", "", rater, "")
+    assert page.next_for("张三")[0].text == "三" and page.next_for("王五") == (page.questions[0], 0)
+
+
+def test_marks_and_lines_above_a_reply():
+    known = {"messages": [{"role": "user", "content": "我爸胸口痛，出冷汗"}], "think": "想。", "answer": "可以含服硝酸甘油。"}
+    shown = bubbles(GRADIO, "r1", known, 0.0, TEXT, True)
+    assert [message.content for message in shown] == [
+        TEXT["emergency"], TEXT["drug"], "想。", "【AI 生成】可以含服硝酸甘油。",
+    ]  # fmt: skip
+    history = [known["messages"][0], *(vars(message) for message in shown)]
+    assert id_from(history, 1) == "r1"
+    assert spoken(history, TEXT["mark"]) == [known["messages"][0], {"role": "assistant", "content": known["answer"]}]
+    plain = bubbles(GRADIO, "r2", {"messages": [USER], "think": "", "answer": "多休息。"}, 0.0, TEXT, True)
+    assert [message.content for message in plain] == ["【AI 生成】多休息。"]
+
+
+def test_emergencies_that_nobody_made_the_rule_from():
+    """Each set of sentences was written apart from the others; set 3 is judged by weights of 1 and 2."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import make_safety
+
+    rows = make_safety.read("emergency")
+    own = safety.WEIGHTS["emergency"]
+    safety.WEIGHTS["emergency"] = make_safety.fit([row for row in rows if row["set"] != "3"])
+    try:
+        said = [(row["emergency"], safety.is_emergency(row["text"])) for row in rows if row["set"] == "3"]
+    finally:
+        safety.WEIGHTS["emergency"] = own
+    missed, false = ([now for true, now in said if true is kind].count(not kind) for kind in (True, False))
+    assert missed <= 6 and false <= 8  # of 120 each
+    for text in ("胸痛，出冷汗", "孩子怎么也叫不醒", "Chest pain with cold sweat", "A child who cannot be woken"):
+        assert safety.is_emergency(text), text
+    for text in (*TEXT["questions"], *chat.TEXTS["en"]["questions"], "你好", "没有胸痛，也没有出冷汗"):
+        assert not safety.is_emergency(text), text
+
+
+def test_what_tells_who_somebody_is():
+    text = "我叫王小明，手机13812345678，身份证110101199003077715，住北京市朝阳区建国路88号，病历号ZY1029384。"
+    assert [kind for kind, _ in safety.personal(text)] == ["姓名", "手机号", "身份证号", "地址", "编号"]
+    for harmless in ("血压140/90，血糖7.2", "布洛芬每次0.2克", "心内科王医生", "帕金森病", "我爸高血压十年了"):
+        assert safety.personal(harmless) == [], harmless
+
+
+def test_a_form_beside_the_thumb(tmp_path):
+    page = Page("m", TEXT, "", True, {}, 1, tmp_path / "f.jsonl", "0", form=chat.read_form(chat.FORM, "zh"))
+    replies = Replies(page)
+    panel, name = Panel(replies), replies.begin([USER], {}, "s1")
+    replies.known[name] |= {"answer": "多喝水。", "think": "想。"}
+    history = [USER, {"role": "assistant", "content": "x", "metadata": {"id": name}}]
+    held, _ = panel.rate(history, 1, True, "张三")
+    assert held[5:] == (None,) * 5
+    panel.save(history, name, "多喝水。", "想。", "", "yes", "no", None, None, "unknown", rater="张三")
+    assert panel.fill(name)[5:] == ("yes", "no", None, None, "unknown")
+    panel.save(history, name, "先量血压。", "想。", "", *panel.fill(name)[5:], rater="李四")
+    first, second, third = (json.loads(text) for text in page.feedback.read_text(encoding="utf-8").splitlines())
+    # A form alone is no correction, and leaves the thumb as it was.
+    assert first["verdict"] == second["verdict"] == "like" and "correction" not in second
+    assert second["form"] == third["form"] == {"right": "yes", "complete": "no", "clear": "unknown"}
+    assert third["verdict"] == "edit" and third["rater"] == "李四" and third["session"] == "s1"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("m", "--web", "--host", "0.0.0.0"), "needs --web and --password-file"),
+        (("m", "--web", "--versus", "b"), "--versus needs --feedback"),
+        (("m", "--web", "--form"), "--form needs --feedback"),
+        (("m", "--web", "--feedback", "f.jsonl", "--blind"), "--blind needs --versus"),
+    ],
+)
+def test_options_of_the_page_that_do_not_go_together(args, said, capsys):
+    with pytest.raises(SystemExit):
+        chat.parse(list(args))
+    assert said in capsys.readouterr().err
+
+
+def test_files_of_the_page(tmp_path):
+    words, form = tmp_path / "words", tmp_path / "form.yaml"
+    words.write_text("张三:one:two\n\n李四: three \n", encoding="utf-8")
+    words.chmod(0o644)
+    with pytest.raises(chat.UserError, match="chmod 600"):
+        chat.read_passwords(words)
+    words.chmod(0o600)
+    assert chat.read_passwords(words) == (("张三", "one:two"), ("李四", "three"))
+    words.write_text("张三\n", encoding="utf-8")
+    with pytest.raises(chat.UserError, match="NAME:PASSWORD"):
+        chat.read_passwords(words)
+    for text in ("- a", "a: ''", "a: [1]", "{"):
+        form.write_text(text, encoding="utf-8")
+        with pytest.raises(chat.UserError, match="--form"):
+            chat.read_form(form, "zh")
+    form.write_text("polite: 有礼貌", encoding="utf-8")
+    assert chat.read_form(form, "zh") == {"polite": "有礼貌"}
+    listed = tmp_path / "q.txt"
+    listed.write_text("头晕？\n\n咳嗽？\n头晕？\n", encoding="utf-8")
+    assert [question.text for question in chat.read_questions(str(listed), "")] == ["头晕？", "咳嗽？"]
+    assert chat.read_questions("sample:3", "department")[0].group
+
+
+# --- what follows ---
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Feedback of two people, of which one left a telephone number, and a run that was trained on it."""
+    path = tmp_path / "feedback.jsonl"
+    for n in range(24):
+        question = f"第{n}个问题？" + ("我叫王小明，电话13812345678" if n == 3 else "")
+        reply = {"role": "assistant", "content": "多喝水。", "reasoning_content": "想。"}
+        line = {"id": f"id{n}", "rater": ("张三", "李四")[n % 2], "AIGC": {"Label": "1"}, "verdict": "edit",
+                "messages": [{"role": "user", "content": question}, reply],
+                "correction": {"content": f"第{n}个回答。", "reasoning_content": "想。"}}  # fmt: skip
+        append_feedback(path, line)
+    return path
+
+
+def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, small_folder, tmp_path):
+    runs = tmp_path / "outputs"
+    args = ["tiny", "--max-steps", 2, "--num-samples", 0, "--model", small_folder, "--dataset", kept, "sample:40"]
+    done = run([*args, "--output-dir", runs / "run"], log=tmp_path / "log")
+    assert done.codes == [0] and "corrected answers trained" in done.output and "feedback_id" not in done.output
+    monkeypatch.chdir(tmp_path)
+    code, said = tool(feedback, kept, "--train", runs / "run")
+    assert code == 0 and "24 replies: 24 corrected" in said
+    assert "24 corrections, as rows beside those of the run; DPO takes" in said
+    assert f"accelerate launch train.py better --dataset {kept} {runs / 'run/data/train.jsonl'}" in said
+    assert "feedback.jsonl:4 may tell who somebody is: 姓名 王小明, 手机号 13812345678" in said
+    monkeypatch.setattr(feedback, "ENOUGH_PAIRS", 20)
+    code, said = tool(feedback, kept, "--train", runs / "run")
+    assert "24 pairs, enough for DPO (20)" in said
+    command = next(line for line in said.splitlines() if "accelerate launch" in line).split()[3:]
+    done = run([*command, "--max-steps", 2, "--num-samples", 0], log=tmp_path / "log")
+    assert done.codes == [0] and (tmp_path / "outputs/run-preference/best").is_dir(), done.output
+    assert "pairs trained" in done.output
+
+    code, said = tool(feedback, kept, "--replace", tmp_path / "clean.jsonl")
+    clean = (tmp_path / "clean.jsonl").read_text(encoding="utf-8")
+    assert "[姓名]" in clean and "[手机号]" in clean and "王小明" not in clean and "no anonymisation" in said
+
+    code, said = tool(feedback, kept, "--rater", "张三", "--copy", tmp_path / "zhang.jsonl", "--delete", "--runs", runs)
+    assert code == 0 and "12 lines of 张三 on 12 replies" in said
+    for folder in ("run", "run-preference"):
+        assert f"{runs / folder} has seen them" in said, said
+    left = [json.loads(text) for text in kept.read_text(encoding="utf-8").splitlines()]
+    assert [line["rater"] for line in left] == ["李四"] * 12 and kept.stat().st_mode & 0o777 == 0o600
+    copied = (tmp_path / "zhang.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(text)["rater"] for text in copied} == {"张三"} and len(copied) == 12
+    assert tool(feedback, kept, "--rater", "张三")[0] != 0
+
+
+def test_exports_carry_the_mark(kept, tool, tmp_path):
+    code, said = tool(feedback, kept, "--export", "trl", "--out", tmp_path / "pairs.jsonl")
+    pairs = [json.loads(text) for text in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and len(pairs) == 24 and all(pair["AIGC"] == {"Label": "1"} for pair in pairs)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(good_row(1)) + "\n")
+    assert "no line of feedback" in tool(feedback, rows)[1] + str(tool(feedback, rows)[0])
