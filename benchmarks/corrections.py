@@ -38,7 +38,9 @@ with args.out.open("w", encoding="utf-8") as file:
         for row, prompt, (_, ids) in zip(some, prompts, found, strict=True):
             reply, true = split_reply(ids, tokenizer, ends, prompt), row.messages[-1]
             # What is not one block of thinking and an answer is all answer, without the tokens that it may not have.
-            is_whole = reply.closed and reply.answer and not control_tokens(tokenizer).search(reply.think + reply.answer)
+            is_whole = (
+                reply.closed and reply.answer and not control_tokens(tokenizer).search(reply.think + reply.answer)
+            )
             whole = control_tokens(tokenizer).sub("", tokenizer.decode(ids)).strip()
             think, answer = (reply.think, reply.answer) if is_whole else ("", whole)
             if answer:

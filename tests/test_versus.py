@@ -1,4 +1,4 @@
-"""The page in a real browser: two people at one time, a form, ten blind votes, and the model that is trained on them."""
+"""The page in a real browser: two people at once, a form, ten blind votes, and the model that is trained on them."""
 
 import json
 import os
@@ -74,7 +74,9 @@ def test_two_people_at_one_time(open_page, tmp_path):  # noqa: F811
 def other(small_folder, tmp_path):
     """A model that has learned another reply."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"第{n}个问题？", "answer": "随便。"}) + "\n" for n in range(20, 60)))
+    rows.write_text(
+        "".join(json.dumps({"question": f"第{n}个问题？", "answer": "随便。"}) + "\n" for n in range(20, 60))
+    )
     args = ["tiny", "--model", small_folder, "--dataset", rows, "--max-steps", 40, "--num-samples", 0]
     done = run([*args, "--output-dir", tmp_path / "other"], log=tmp_path / "log")
     assert done.codes == [0], done.output
@@ -127,5 +129,7 @@ def test_ten_votes_become_a_figure_and_a_model(votes, chat, other, tool, tmp_pat
     rows = lines_of(tmp_path / "run/metrics.jsonl")
     figures = [row["eval/preference/margin"] for row in rows if "eval/preference/margin" in row]
     assert figures[0] == 0 and figures[-1] > 1
-    _, answer, _ = chat(tmp_path / "run/best", "--question", "第3个问题？", "--max-new-tokens", "8", "--nothink", "--json")
+    _, answer, _ = chat(
+        tmp_path / "run/best", "--question", "第3个问题？", "--max-new-tokens", "8", "--nothink", "--json"
+    )
     assert json.loads(answer)["AIGC"]["Label"] == "1"

@@ -105,7 +105,11 @@ def test_a_list_is_worked_through_by_each_rater_on_the_same_replies(tmp_path, mo
 
 
 def test_marks_and_lines_above_a_reply():
-    known = {"messages": [{"role": "user", "content": "我爸胸口痛，出冷汗"}], "think": "想。", "answer": "可以含服硝酸甘油。"}
+    known = {
+        "messages": [{"role": "user", "content": "我爸胸口痛，出冷汗"}],
+        "think": "想。",
+        "answer": "可以含服硝酸甘油。",
+    }
     shown = bubbles(GRADIO, "r1", known, 0.0, TEXT, True)
     assert [message.content for message in shown] == [
         TEXT["emergency"], TEXT["drug"], "想。", "【AI 生成】可以含服硝酸甘油。",
@@ -238,7 +242,7 @@ def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, sma
 
     code, said = tool(feedback, kept, "--replace", tmp_path / "clean.jsonl")
     clean = (tmp_path / "clean.jsonl").read_text(encoding="utf-8")
-    assert "[姓名]" in clean and "[手机号]" in clean and "王小明" not in clean and "no anonymisation" in said
+    assert "[姓名]" in clean and "[手机号]" in clean and "王小明" not in clean and "in 1 lines" in said
 
     code, said = tool(feedback, kept, "--rater", "张三", "--copy", tmp_path / "zhang.jsonl", "--delete", "--runs", runs)
     assert code == 0 and "12 lines of 张三 on 12 replies" in said
@@ -252,7 +256,7 @@ def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, sma
 
 
 def test_exports_carry_the_mark(kept, tool, tmp_path):
-    code, said = tool(feedback, kept, "--export", "trl", "--out", tmp_path / "pairs.jsonl")
+    code, _ = tool(feedback, kept, "--export", "trl", "--out", tmp_path / "pairs.jsonl")
     pairs = [json.loads(text) for text in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert code == 0 and len(pairs) == 24 and all(pair["AIGC"] == {"Label": "1"} for pair in pairs)
     rows = tmp_path / "rows.jsonl"

@@ -154,46 +154,40 @@ def to_lines(rows: list[dict]):
 # --- who somebody is ---
 
 
-def texts_of(value) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [text for one in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-            for text in texts_of(one)]  # fmt: skip
+def without_persons(path: Path) -> tuple[list[dict], dict[str, list[str]]]:
+    """(lines with [姓名] and the like in place of what tells who somebody is, location -> what it was)."""
+    rows, found = [], {}
+
+    def changed(value, seen: list[str]):
+        if isinstance(value, dict):
+            return {name: changed(one, seen) for name, one in value.items()}
+        if isinstance(value, list):
+            return [changed(one, seen) for one in value]
+        for kind, text in personal(value) if isinstance(value, str) else ():
+            seen.append(f"{kind} {text}")
+            value = value.replace(text, f"[{kind}]")
+        return value
+
+    for location, row in read_file(path, path.name, "", []):
+        if isinstance(row, dict):
+            said = {name: row[name] for name in ("messages", "replies", "correction", "reason") if name in row}
+            rows.append(row | changed(said, seen := []))
+            found |= {location: list(dict.fromkeys(seen))} if seen else {}
+    return rows, found
 
 
 def warn_of_persons(path: Path) -> None:
-    found = {}
-    for location, row in read_file(path, path.name, "", []):
-        said = {name: row[name] for name in ("messages", "replies", "correction", "reason") if name in row}
-        if seen := [f"{kind} {text}" for part in texts_of(said) for kind, text in personal(part)]:
-            found[location] = list(dict.fromkeys(seen))
+    _, found = without_persons(path)
     for location, seen in list(found.items())[:10]:
         warn(f"{location} may tell who somebody is: {', '.join(seen)}")
     if found:
-        warn(f"{len(found)} lines do; --replace OUT writes a copy without. This helps to find them; it is no "
-             "anonymisation")  # fmt: skip
+        warn(f"{len(found)} lines may; --replace OUT writes a copy without. This is a help and no anonymisation")
 
 
 def replace(path: Path, out: Path) -> None:
-    number = Counter()
-
-    def without(value):
-        if isinstance(value, dict):
-            return {name: without(one) if name not in ("settings", "AIGC") else one for name, one in value.items()}
-        if isinstance(value, list):
-            return [without(one) for one in value]
-        if isinstance(value, str):
-            for kind, text in personal(value):
-                value = value.replace(text, f"[{kind}]")
-                number[kind] += 1
-        return value
-
-    kept = ("messages", "replies", "correction", "reason")
-    rows = [row for _, row in read_file(path, path.name, "", []) if isinstance(row, dict)]
-    rows = [{name: without(value) if name in kept else value for name, value in row.items()} for row in rows]
+    rows, found = without_persons(path)
     write_lines(out, to_lines(rows))
-    found = ", ".join(f"{count} {kind}" for kind, count in number.items()) or "nothing"
-    print(f"{out}: replaced {found}. Read it all the same: this helps, and is no anonymisation")
+    print(f"{out}: replaced in {len(found)} lines. Read it all the same: this is a help and no anonymisation")
 
 
 def of_rater(args: argparse.Namespace) -> None:
