@@ -127,7 +127,10 @@ class TrainState:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    return TrainState(**json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8")))
+    state = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    if before := state.pop("before", []):  # as it was kept until November 2026
+        state["first"] = {"forget": before}
+    return TrainState(**state)
 
 
 def learning_rates(optimizers: list) -> dict[str, float]:
