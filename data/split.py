@@ -66,6 +66,7 @@ def load_split(config, preference: str = "") -> Split:
     held_out = HeldOut()
     test = held_out.without(without_repeats(parts["test"], problems), "test", problems)
     held_out.add(test, "test")
+    test = [row for one in test for row in good_reply(one)] if preference else test
     held, val = (held_out.without(without_repeats(parts[name], problems), "val", problems) for name in ("held", "val"))
     if preference and not config.val_dataset:
         val = [row for one in held for row in good_reply(one)]

@@ -12,6 +12,7 @@ in its block before the answer.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def pairs(lines: list[dict], form: str) -> list[dict]:
 @tool("feedback")
 def main() -> None:
     args = read_arguments()
+    os.umask(0o077)  # what people said is for the owner's eyes
     lines = read_feedback(args.file)
     if args.rater is not None:
         return of_rater(args)
@@ -98,7 +100,8 @@ def main() -> None:
     print(
         f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {text}" for kind, text in NAMES.items() if counts[kind])
     )
-    print("\n".join([*say_votes([line for line in lines if is_counted(line)]), *say_forms(lines)]).strip())
+    for text in [*say_votes([line for line in lines if is_counted(line)]), *say_forms(lines)]:
+        print(text)
     if args.replace:
         replace(args.file, args.replace)
     elif args.export or args.train:
@@ -205,7 +208,6 @@ def of_rater(args: argparse.Namespace) -> None:
             print(f"copied to {args.copy}")
         if args.delete:
             write_lines(args.file, (text + "\n" for n, text in enumerate(raw) if n not in own and text))
-            args.file.chmod(0o600)
             print(f"deleted from {args.file}")
     for folder, seen in runs_with(args.runs, ids).items():
         parts = ", ".join(f"{count} in {side}" for side, count in seen.items())

@@ -174,6 +174,8 @@ def read_answer(row: Columns, unused: set[str]) -> list[dict]:
     answer = row.take("answer")
     name = row.column("answer")
     if answer is None:
+        if any(row.candidates["rejected"]) or isinstance(row.all.get("replies"), list):
+            raise ValueError("compares replies, which recipes/dpo.py and recipes/kto.py take")
         raise row.missing("answer")
     return read_messages(answer, name, unused) if is_dialogue(answer) else [assistant(answer, name)]
 

@@ -87,9 +87,11 @@ def build(gradio, causal_lm, tokenizer, page: Page):
         dialogue += [*spoken(history, text["mark"]), {"role": "user", "content": message}]
         rater, session = who(request, page.rater)
         name = replies.begin(dialogue, {"thinking": thinking, **settings}, session)
-        yield from stream_reply(gradio, causal_lm, tokenizer, replies, name, text)
-        if page.keep_all and replies.find(name):
-            replies.rate(name, "shown", rater)
+        try:
+            yield from stream_reply(gradio, causal_lm, tokenizer, replies, name, text)
+        finally:  # one that was stopped, too
+            if page.keep_all and replies.find(name):
+                replies.rate(name, "shown", rater)
 
     with gradio.Blocks(title=f"{text['title']} · {page.model}", analytics_enabled=False) as blocks:
         head(gradio, page, f"{text['title']} · {page.model}")
