@@ -215,6 +215,6 @@ def collate(rows: Sequence[Example]) -> MicroBatch:
         rows=[row.location for row in trained],
         num_targets=[row.num_targets for row in trained],
         reference=torch.cat(references) if references else None,
-        labels=torch.tensor([row.label for row in trained]),
-        units=torch.tensor([row.unit for row in trained]),
+        labels=torch.tensor([row.label for row in trained], dtype=torch.int64),
+        units=torch.tensor([row.unit for row in trained], dtype=torch.int64),
     )

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from data.base.errors import UserError
 from data.encoded import Encoded, encode_all
 from data.reading.rows import Row
 
@@ -14,12 +13,18 @@ def encode_compared(
     rows: Sequence[Row], tokenizer, max_length: int, overlong: str, kind: str, answers_alone: bool
 ) -> tuple[Encoded, list[dict]]:
     """(Examples, problems); see `encode_rows`. Their labels and units are those of `units_of`; a unit of which a reply
-    does not fit into max_length is left out. answers_alone: the targets are those of the answers. Raises UserError."""
+    does not fit into max_length is left out. answers_alone: the targets are those of the answers."""
     from datasets import concatenate_datasets
 
-    units = units_of(rows, kind, answers_alone)
+    units, problems = units_of(rows, kind, answers_alone), []
+    if answers_alone and kind == "pairs":
+        same = [unit for unit in units if unit[0][0].messages == unit[1][0].messages]
+        units = [unit for unit in units if unit not in same]
+        problems = [{"location": unit[0][0].location, "problem": "its answers are the same", "action": "dropped"}
+                    for unit in same]  # fmt: skip
     flat = [[row for unit in units for row, label in unit if bool(label) is is_own] for is_own in (True, False)]
-    own, problems = encode_all(flat[0], tokenizer, max_length, overlong)
+    own, own_problems = encode_all(flat[0], tokenizer, max_length, overlong)
+    problems += own_problems
     measured, _ = encode_all(flat[1], tokenizer, max_length, "truncate")
     dataset = concatenate_datasets([own.dataset, measured.dataset])
     found = {one.location: index for index, one in enumerate([*own, *measured])}
@@ -44,7 +49,7 @@ def units_of(rows: Sequence[Row], kind: str, answers_alone: bool = False) -> lis
     """pairs: the good and the bad reply to a prompt; if the answers alone are compared, both after the thinking of the
     good one. thumbs: each reply, and beside it that of another prompt put after its own (label 0), on which KTO
     measures the divergence from the model before training. That one is the same in each epoch, so its loss before
-    training is computed once, and it is never a reply to its prompt. Raises UserError if there is one prompt alone."""
+    training is computed once, and it is never a reply to its prompt. There is none if all prompts are one."""
     if kind == "pairs":
         units = []
         for row in rows:
@@ -54,14 +59,14 @@ def units_of(rows: Sequence[Row], kind: str, answers_alone: bool = False) -> lis
         return units
     replies = [(row, number, *reply) for row in rows for number, reply in enumerate(row.replies, start=1)]
     prompts = [row.questions[-1] for row, *_ in replies]
-    if len(set(prompts)) == 1:
-        raise UserError("all replies with a thumb answer one prompt; KTO needs at least two prompts")
-    units = []
+    units, is_one = [], len(set(prompts)) == 1
     for place, (row, number, reply, is_good) in enumerate(replies):
-        following = range(place + 1, place + len(replies))
-        other = next(n % len(replies) for n in following if prompts[n % len(replies)] != prompts[place])
-        units.append([(with_reply(row, reply, f"reply {number}"), 1 if is_good else -1),
-                      (with_reply(row, replies[other][2], f"reply {number}, mismatched"), 0)])  # fmt: skip
+        units.append([(with_reply(row, reply, f"reply {number}"), 1 if is_good else -1)])
+        for n in () if is_one else range(place + 1, place + len(replies)):
+            if prompts[n % len(replies)] != prompts[place]:
+                other = replies[n % len(replies)][2]
+                units[-1].append((with_reply(row, other, f"reply {number}, mismatched"), 0))
+                break
     return units
 
 

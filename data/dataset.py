@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from data.base.errors import UserError
 from data.batches import Batch, step_batch, steps_per_epoch
 from data.compared import encode_compared
 from data.encode import Example
@@ -54,5 +55,7 @@ def load_data(config, make_tokenizer, rank: int, world_size: int, preference: st
     compared = functools.partial(encode_compared, **settings, kind=preference, answers_alone=answers_alone)
     encode = {"train": compared, "val": rows, "held": compared} if preference else {"train": rows, "val": rows}
     sides = encode_split(split, encode)
+    if preference == "thumbs" and 0 not in sides["train"].labels:
+        raise UserError("all replies with a thumb answer one prompt; KTO needs replies to two prompts at least")
     replies = read_replies(config.forget, tokenizer)
     return Data(split, tokenizer, sides["train"], [*sides["val"]], rank, world_size, replies, sides.get("held"))

@@ -84,7 +84,8 @@ def load_split(config, preference: str = "") -> Split:
     for name, rows in (("train", train), ("evaluate", val), *([("compare", held)] * bool(preference))):
         if not rows:
             read = f"{split.report['rows']} rows read, val_fraction {config.val_fraction}"
-            raise UserError(f"{split.report['dataset']}: nothing left to {name} on: {read}")
+            more = "; no held-out reply is good, so name rows with --val-dataset" if held and not rows else ""
+            raise UserError(f"{split.report['dataset']}: nothing left to {name} on: {read}{more}")
     return split
 
 
@@ -92,7 +93,9 @@ def good_reply(row: Row) -> list[Row]:
     """A row that compares replies, as one that teaches its good reply."""
     good = [reply for reply, is_good in row.replies if is_good]
     messages = [*row.messages[:-1], *good[:1]]
-    return [dataclasses.replace(row, columns={"messages": messages}, messages=messages, replies=())] * bool(good)
+    others = {name: row.columns[name] for name in row.columns.keys() - {"prompt", "chosen", "rejected", "replies"}}
+    columns = others | {"messages": messages}
+    return [dataclasses.replace(row, columns=columns, messages=messages, replies=())] * bool(good)
 
 
 def without_corrected(rows: list[Row], problems: list[dict]) -> list[Row]:

@@ -12,7 +12,6 @@ from conftest import ROOT, peaks, settings
 from ranks import run
 from runs import assert_same_end, metrics_of
 
-from data.base.errors import UserError
 from data.batches import make_batch
 from data.compared import encode_compared, units_of
 from data.reading.feedback import take_feedback
@@ -101,23 +100,27 @@ def test_what_each_line_of_feedback_compares():
         {"id": "b", "messages": [USER, think], "verdict": "like"},
         {"id": "c", "messages": [USER, think], "verdict": "dislike"},
         {"id": "d", "messages": [USER], "replies": [*SAID], "verdict": "b"},
-        {"id": "e", "messages": [USER], "replies": [*SAID], "verdict": "both_bad"},
+        {"id": "e", "messages": [{**USER, "content": "晕？"}], "replies": [*SAID], "verdict": "both_bad"},
         {"id": "f", "messages": [USER, think], "verdict": "withdrawn"},
+        {"id": "i", "messages": [USER, SAID[1]], "verdict": "withdrawn", "correction": {"content": GOOD}},
         {"id": "g", "messages": [USER, think], "verdict": "edit", "correction": {"content": BAD}},
         {"id": "h", "messages": [USER], "replies": [*SAID], "verdict": "c"},
     ]
     corrected, bad = {"role": "assistant", "content": GOOD, "reasoning_content": "想。"}, [(think, False)]
     expected = {
-        "pairs": {"a": [(corrected, True), *bad], "d": [(SAID[1], True), (SAID[0], False)]},
-        "thumbs": {"a": [(corrected, True), *bad], "b": [(think, True)], "c": bad,
-                   "d": [(SAID[0], False), (SAID[1], True)], "e": [(SAID[0], False), (SAID[1], False)]},
+        "pairs": {"a": [(corrected, True), *bad], "i": [(SAID[0], True), (SAID[1], False)],
+                  "d": [(SAID[1], True), (SAID[0], False)]},
+        # A correction of the answer alone has no thumb, which would be one for the old thinking, too.
+        "thumbs": {"a": bad, "b": [(think, True)], "c": bad,
+                   "d": [(SAID[0], False), (SAID[1], True)], "e": [(SAID[0], False), (SAID[1], False)],
+                   "i": [(SAID[0], True), (SAID[1], False)]},
     }  # fmt: skip
     for kind, wanted in expected.items():
         rows, said = take_feedback([(line["id"], line) for line in lines], False, kind)
         (problem,) = [row for name, row in rows if name == "h"]
         assert "has the verdict 'c'" in problem
         found = {name: read_rated(row, kind, "")[1] for name, row in rows if name != "h"}
-        assert found == wanted and said.others.total() == 7 - len(wanted)
+        assert found == wanted and said.others.total() == 8 - len(wanted)
     rows, said = take_feedback([(line["id"], line) for line in lines[3:5]], True)
     assert rows == [] and said.others == {"vote": 2}
 
@@ -153,8 +156,24 @@ def test_kto_measures_each_reply_after_a_prompt_that_it_does_not_answer():
             assert label in (1, -1) and measured == 0 and reply.messages[:-1] == other.messages[:-1]
             source = [row for row in rows if other.messages[-1] in [one for one, _ in row.replies]]
             assert any(row.messages[-2] != other.messages[-2] for row in source) and own
-    with pytest.raises(UserError, match="at least two prompts"):
-        units_of(rows_of(3, prompts=1), "thumbs")
+    assert all(len(unit) == 1 for unit in units_of(rows_of(3, prompts=1), "thumbs"))  # there is no other prompt
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "pairs", "thumbs"),
+    [("aab", [True, False], [True, False]), ("ab", None, None), ("bgg", [False, True], [False, True]),
+     ("gg", None, [True, True]), ("dab", None, [False, False])],
+)  # fmt: skip
+def test_several_votes_on_the_same_replies_are_what_most_say(verdicts, pairs, thumbs):
+    """As votes of their own, some in training and some held out, they would cancel out."""
+    names = {"g": "both_good", "d": "both_bad"}
+    lines = [(str(n), {"id": f"v{n}", "rater": str(n), "messages": [USER], "replies": SAID, "verdict": names.get(v, v)})
+             for n, v in enumerate(verdicts)]  # fmt: skip
+    for kind, wanted in (("pairs", pairs), ("thumbs", thumbs)):
+        rows, said = take_feedback(lines, False, kind)
+        found = [[is_good for _, is_good in read_rated(row, kind, "")[1]] for _, row in rows]
+        goods = [sorted(wanted, reverse=True)] if wanted and kind == "pairs" else [wanted] if wanted else []
+        assert found == goods and said.together == len(verdicts) - 1
 
 
 def test_answers_alone_are_compared_after_the_same_thinking(tokenizer):
@@ -269,6 +288,16 @@ def test_kto_goes_on_with_a_single_reply_and_without_a_measured_one(make_model, 
         optimizers = peaks(method.make_optimizers(model, settings()))
         metrics = method.train_step(model, optimizers, batch, accelerator, 0.0, settings())
         assert metrics.finite and metrics.grad_norm > 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp3", "fsdp2"])
+def test_a_rank_without_a_reply_waits_for_the_others(strategy, small_folder, tmp_path):
+    """The last batch of the epoch has one pair, or one reply."""
+    for recipe, number in (("dpo", 10), ("kto", 7)):
+        args = arguments(small_folder, recipe, strategy, tmp_path / recipe)
+        args[args.index("sample-feedback:60")] = f"sample-feedback:{number * 2}"
+        done = run([*args, "--num-train-epochs", 2, "--max-steps", -1], strategy, log=tmp_path / "log")
+        assert set(done.codes) == {0}, done.output
 
 
 def test_figures_of_held_out_replies():

@@ -45,7 +45,10 @@ def test_win_rates_intervals_and_agreement():
     # A rater who always takes the left side is found out.
     always = [vote("ab"[n % 2], question=str(n), left="ab"[n % 2]) for n in range(10)]
     assert side(always).endswith("p = 0.002: a side was preferred") and "preferred" not in side(lines)
-    forms = [{"form": {"safe": answer}} for answer in ("yes", "yes", "no", "unknown")] + [{}]
+    # The same two models, named the other way round, are one comparison.
+    other = vote("a", "王五", "x", left="b") | {"replies": vote("a")["replies"][::-1]}
+    assert say_votes([*lines, other])[1] == "  A better 3, B better 14, both good 0, both bad 1"
+    forms = [{"form": {"safe": answer}} for answer in ("yes", "yes", "no", "cannot_say")] + [{}]
     assert say_forms(forms) == ["4 forms", f"  safe: {rate(2, 3)}; cannot say 1"]
 
 
@@ -59,9 +62,10 @@ class Stream:
         yield from self.pieces
 
 
-def votes_page(path: Path, questions=()) -> versus.Versus:
-    page = Page("A", TEXT, "系统", True, {"max_new_tokens": 9}, 7860, path, "sha-A")
+def votes_page(path: Path, questions=(), max_new_tokens=9, turn=False) -> versus.Versus:
+    page = Page("A", TEXT, "系统", True, {"max_new_tokens": max_new_tokens}, 7860, path, "sha-A")
     models = [versus.Model("A", "sha-A", "甲", None, "系统"), versus.Model("B", "sha-B", "乙", None, "系统")]
+    models = models[::-1] if turn else models
     return versus.Versus(page, models, [versus.Question(text, "组") for text in questions])
 
 
@@ -102,6 +106,18 @@ def test_a_list_is_worked_through_by_each_rater_on_the_same_replies(tmp_path, mo
         assert texts.setdefault(question.text, found) == found
         page.vote(now, "both_good", "", rater, "")
     assert page.next_for("张三")[0].text == "三" and page.next_for("王五") == (page.questions[0], 0)
+    # Voted again by the same person, in another tab say, it is one vote, the last.
+    now, _ = answer(page, page.questions[0])
+    page.vote(now, "both_bad", "", "张三", "")
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    ids = {line["id"] for line in lines if (line["rater"], line["messages"][-1]["content"]) == ("张三", "一")}
+    assert len(lines) == 4 and len(ids) == 1
+    # Other settings, and no reply is shown as if it came with them; models the other way round, and all is there.
+    assert votes_page(path, questions, max_new_tokens=8).replies == {}
+    turned = votes_page(path, questions, turn=True)
+    assert [reply["model"] for reply in turned.replies["一"]] == ["B", "A"] and turned.next_for("张三")[0].text == "三"
+    page.refused.add("三")
+    assert page.next_for("张三") == (None, 3)
 
 
 def test_marks_and_lines_above_a_reply():
@@ -156,14 +172,19 @@ def test_a_form_beside_the_thumb(tmp_path):
     history = [USER, {"role": "assistant", "content": "x", "metadata": {"id": name}}]
     held, _ = panel.rate(history, 1, True, "张三")
     assert held[5:] == (None,) * 5
-    panel.save(history, name, "多喝水。", "想。", "", "yes", "no", None, None, "unknown", rater="张三")
-    assert panel.fill(name)[5:] == ("yes", "no", None, None, "unknown")
-    panel.save(history, name, "先量血压。", "想。", "", *panel.fill(name)[5:], rater="李四")
-    first, second, third = (json.loads(text) for text in page.feedback.read_text(encoding="utf-8").splitlines())
-    # A form alone is no correction, and leaves the thumb as it was.
-    assert first["verdict"] == second["verdict"] == "like" and "correction" not in second
-    assert second["form"] == third["form"] == {"right": "yes", "complete": "no", "clear": "unknown"}
-    assert third["verdict"] == "edit" and third["rater"] == "李四" and third["session"] == "s1"
+    panel.save(history, name, "多喝水。", "想。", "", "yes", "no", None, None, "cannot_say", rater="张三")
+    assert panel.fill(name, "张三")[5:] == ("yes", "no", None, None, "cannot_say")
+    assert panel.fill(name, "李四")[5:] == (None,) * 5
+    panel.save(history, name, "先量血压。", "想。", "", *[None] * 5, rater="李四")
+    panel.rate(history, 1, False, "张三")
+    lines = [json.loads(text) for text in page.feedback.read_text(encoding="utf-8").splitlines()]
+    # A form alone is no correction, and leaves the thumb as it was; what one person wrote is not another's.
+    assert [(line["rater"], line["verdict"], "correction" in line) for line in lines] == [
+        ("张三", "like", False), ("张三", "like", False), ("李四", "edit", True), ("张三", "dislike", False),
+    ]  # fmt: skip
+    assert [line["id"] for line in lines] == [name, name, f"{name}-1", name]
+    assert lines[1]["form"] == lines[3]["form"] == {"right": "yes", "complete": "no", "clear": "cannot_say"}
+    assert "form" not in lines[2] and lines[2]["session"] == "s1"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +194,7 @@ def test_a_form_beside_the_thumb(tmp_path):
         (("m", "--web", "--versus", "b"), "--versus needs --feedback"),
         (("m", "--web", "--form"), "--form needs --feedback"),
         (("m", "--web", "--feedback", "f.jsonl", "--blind"), "--blind needs --versus"),
+        (("m", "--web", "--feedback", "f.jsonl", "--versus", "b", "--form"), "are for the page of one model"),
     ],
 )
 def test_options_of_the_page_that_do_not_go_together(args, said, capsys):
@@ -202,6 +224,19 @@ def test_files_of_the_page(tmp_path):
     listed.write_text("头晕？\n\n咳嗽？\n头晕？\n", encoding="utf-8")
     assert [question.text for question in chat.read_questions(str(listed), "")] == ["头晕？", "咳嗽？"]
     assert chat.read_questions("sample:3", "department")[0].group
+    with pytest.raises(chat.UserError, match="no such column"):
+        chat.read_questions("sample:3", "deparment")
+    asked = tmp_path / "q.jsonl"
+    asked.write_text('{"question": "头晕？", "科室": "内科"}\n', encoding="utf-8")
+    assert chat.read_questions(str(asked), "科室") == [versus.Question("头晕？", "内科")]
+
+
+def test_no_text_of_the_page_is_there_twice():
+    lines = (ROOT / "tools/page/texts.yaml").read_text(encoding="utf-8").split("\nen:\n")
+    for part in lines:
+        keys = [line.split(":")[0] for line in part.splitlines() if line.startswith("  ") and line[2] not in " -/"]
+        assert len(set(keys)) == len(keys)
+    assert chat.TEXTS["zh"].keys() == chat.TEXTS["en"].keys()
 
 
 # --- what follows ---
@@ -237,7 +272,7 @@ def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, sma
     assert "24 pairs, enough for DPO (20)" in said
     command = next(line for line in said.splitlines() if "accelerate launch" in line).split()[3:]
     done = run([*command, "--max-steps", 2, "--num-samples", 0], log=tmp_path / "log")
-    assert done.codes == [0] and (tmp_path / "outputs/run-preference/best").is_dir(), done.output
+    assert done.codes == [0] and (tmp_path / "outputs/run-feedback/best").is_dir(), done.output
     assert "pairs trained" in done.output
 
     code, said = tool(feedback, kept, "--replace", tmp_path / "clean.jsonl")
@@ -246,7 +281,7 @@ def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, sma
 
     code, said = tool(feedback, kept, "--rater", "张三", "--copy", tmp_path / "zhang.jsonl", "--delete", "--runs", runs)
     assert code == 0 and "12 lines of 张三 on 12 replies" in said
-    for folder in ("run", "run-preference"):
+    for folder in ("run", "run-feedback"):
         assert f"{runs / folder} has seen them" in said, said
     left = [json.loads(text) for text in kept.read_text(encoding="utf-8").splitlines()]
     assert [line["rater"] for line in left] == ["李四"] * 12 and kept.stat().st_mode & 0o777 == 0o600

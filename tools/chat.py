@@ -130,10 +130,12 @@ def read_questions(path: str, group_by: str):
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --questions {path}: {one_line(error)}") from None
-        questions = [Question(line.strip()) for line in lines if line.strip()]
+        rows = [({}, line.strip()) for line in lines if line.strip()]
     else:
-        rows = read_rows(path, "")
-        questions = [Question(row.asked[-1], str(row.columns.get(group_by) or "")) for row in rows]
+        rows = [(row.columns, row.asked[-1]) for row in read_rows(path, "", questions=True)]
+    if group_by and not any(group_by in columns for columns, _ in rows):
+        raise UserError(f"--group-by {group_by}: --questions {path} has no such column")
+    questions = [Question(text, str(columns.get(group_by) or "")) for columns, text in rows]
     if not questions:
         raise UserError(f"--questions {path} has no question")
     return list({question.text: question for question in questions}.values())
@@ -182,6 +184,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                          ("questions", "versus"), ("group_by", "questions"), ("password_file", "web")):  # fmt: skip
         if getattr(args, name) and not getattr(args, needed):
             parser.error(f"--{name.replace('_', '-')} needs --{needed}")
+    if args.versus and (args.form or args.keep_all):
+        parser.error("--versus has votes; --form and --keep-all are for the page of one model")
     if args.host not in ("127.0.0.1", "localhost") and not (args.web and args.password_file):
         parser.error(f"--host {args.host} lets other machines in, so it needs --web and --password-file")
     if args.json and args.question is None:

@@ -44,7 +44,7 @@ NAMES = {
     "corrected": "corrected", "like": "liked", "dislike": "disliked without a correction", "edit": "empty correction",
     "vote": "votes", "shown": "without a verdict", "withdrawn": "withdrawn",
 }  # fmt: skip
-# From so many on a method was better than corrections as rows (benchmarks/RESULTS.md, "Thumbs").
+# So many were enough where it was measured: benchmarks/RESULTS.md, "Do thumbs help?".
 ENOUGH_PAIRS, ENOUGH_THUMBS = 60, 400
 
 
@@ -197,9 +197,9 @@ def of_rater(args: argparse.Namespace) -> None:
     """All lines of one person, replaced ones too."""
     with FileLock(args.file.with_name(f".{args.file.name}.lock")):
         raw = args.file.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(text) if is_json(text) else None for text in raw]
-        own = [n for n, row in enumerate(rows) if isinstance(row, dict) and row.get("rater") == args.rater]
-        ids = {rows[n].get("id") for n in own}
+        rows = list(map(parsed, raw))
+        own = [n for n, row in enumerate(rows) if row.get("rater") == args.rater]
+        ids = {str(rows[n]["id"]) for n in own if rows[n].get("id")}
         if not own:
             raise UserError(f"{args.file} has no line of the rater {args.rater!r}")
         print(f"{len(own)} lines of {args.rater} on {len(ids)} replies")
@@ -209,16 +209,21 @@ def of_rater(args: argparse.Namespace) -> None:
         if args.delete:
             write_lines(args.file, (text + "\n" for n, text in enumerate(raw) if n not in own and text))
             print(f"deleted from {args.file}")
-    for folder, seen in runs_with(args.runs, ids).items():
+    found = runs_with(args.runs, ids)
+    for folder, seen in found.items():
         parts = ", ".join(f"{count} in {side}" for side, count in seen.items())
         print(f"{folder} has seen them ({parts}): train again without them, and delete its checkpoints/ and best/")
+    if not found:
+        print(f"no run in {args.runs} has seen them" if args.runs.is_dir() else f"there is no folder {args.runs}: "
+              "--runs names that of the runs that may have seen them")  # fmt: skip
 
 
-def is_json(text: str) -> bool:
+def parsed(text: str) -> dict:
     try:
-        return bool(json.loads(text))
+        row = json.loads(text)
     except ValueError:
-        return False
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def runs_with(folder: Path, ids: set) -> dict[Path, Counter]:
@@ -227,7 +232,7 @@ def runs_with(folder: Path, ids: set) -> dict[Path, Counter]:
     for file in sorted(folder.rglob("data/*.jsonl")):
         if (file.parent.parent / "run.json").is_file():
             for text in file.read_text(encoding="utf-8").split("\n"):
-                if FEEDBACK_ID in text and is_json(text) and json.loads(text).get(FEEDBACK_ID) in ids:
+                if FEEDBACK_ID in text and str(parsed(text).get(FEEDBACK_ID)) in ids:
                     found.setdefault(file.parent.parent, Counter())[file.stem] += 1
     return found
 
@@ -239,7 +244,7 @@ def train(args: argparse.Namespace, lines: list[dict]) -> None:
     command, why = next_step(args.file, args.train, lines)
     print(f"{why}:\n  accelerate launch {shlex.join(command)}")
     if args.go:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT)
+        done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]])
         raise SystemExit(done.returncode)
 
 
@@ -251,17 +256,21 @@ def next_step(file: Path, folder: Path, lines: list[dict]) -> tuple[list[str], s
     number = {kind: sum(len(rated_replies(line, kind)) for line in lines) for kind in ("pairs", "thumbs")}
     number["pairs"] //= 2
     corrected = sum(correction_of(line) is not None for line in lines if not is_vote(line))
-    same = ["--model", best, "--val-dataset", folder / "data/val.jsonl"]
+    data = folder / "data"
+    same = ["--model", best, "--val-dataset", data / "val.jsonl", "--system-prompt", run["system_prompt"]]
+    same += ["--exclude", data / "test.jsonl"] if (data / "test.jsonl").exists() else []
+    same += ["--columns", *run["columns"]] if run.get("columns") else []
     same += ["--mixed-precision", run["mixed_precision"], "--max-length", run["max_length"]]
     same += ["--lora-rank", run["lora_rank"]] if run.get("lora_rank") else []
-    same += ["--language", run["language"], "--output-dir", f"{folder}-preference"]
+    same += ["--language", run["language"], "--output-dir", f"{folder}-feedback"]
     if number["pairs"] >= ENOUGH_PAIRS:
         more, why = ["preference", "--dataset", file], f"{number['pairs']} pairs, enough for DPO ({ENOUGH_PAIRS})"
     elif number["thumbs"] >= ENOUGH_THUMBS:
         more = ["preference", "--step-file", "recipes/kto.py", "--dataset", file]
         why = f"{number['thumbs']} thumbs, enough for KTO ({ENOUGH_THUMBS})"
     elif corrected:
-        more = ["better", "--dataset", file, folder / "data/train.jsonl"]
+        rows = [] if (data / "held.jsonl").exists() else [data / "train.jsonl"]  # that run compared replies
+        more = ["better", "--dataset", file, *rows]
         why = f"{corrected} corrections, as rows beside those of the run; DPO takes {ENOUGH_PAIRS} pairs"
     else:
         raise UserError(

@@ -116,26 +116,28 @@ def trained_dialogue(line: dict, train_liked: bool) -> list[dict] | None:
 def rated_replies(line: dict, kind: str) -> list[tuple[dict, bool]]:
     """The replies of a line, each with whether it is good. kind: pairs, of a good and a bad one, or thumbs.
 
-    A correction without thinking is one of the answer: it is compared after the thinking of the reply.
+    A correction without thinking is one of the answer: in a pair it comes after the thinking of the reply, and it has
+    no thumb of its own, which would be one for that thinking, too.
     """
-    if line["verdict"] == "withdrawn":
-        return []
     if is_vote(line):
         replies = [{"role": "assistant"} | {k: r[k] for k in ("content", "reasoning_content") if r.get(k)}
                    for r in line["replies"]]  # fmt: skip
-        rated = list(zip(replies, VOTES[line["verdict"]], strict=True))
+        rated = list(zip(replies, VOTES.get(line["verdict"], ()), strict=False))
         # A reply that was cut off in its thinking cannot be put together again.
         whole = [(reply, is_good) for reply, is_good in rated if not is_blank(reply.get("content"))]
         return whole if kind == "thumbs" or (line["verdict"] in ("a", "b") and whole == rated) else []
     reply, correction = line["messages"][-1], correction_of(line)
+    answered = correction is not None and "reasoning_content" in correction
     if correction and reply.get("reasoning_content"):
         correction = {"reasoning_content": reply["reasoning_content"]} | correction
     if correction and all(correction.get(k, "") == reply.get(k, "") for k in ("content", "reasoning_content")):
         correction = None
     if kind == "pairs":
         return [(correction, True), (reply, False)] if correction else []
-    thumb = {"like": True, "dislike": False, "edit": False if correction else None}.get(line["verdict"])
-    return [(correction, True)] * bool(correction) + [(reply, thumb)] * (thumb is not None)
+    # A thumb that is taken back leaves a correction, which says that the reply is not good.
+    thumb = {"like": True, "dislike": False}.get(line["verdict"], False if correction else None)
+    given = correction and (answered or not reply.get("reasoning_content"))
+    return [(correction, True)] * bool(given) + [(reply, thumb)] * (thumb is not None)
 
 
 class Feedback(NamedTuple):
@@ -144,6 +146,7 @@ class Feedback(NamedTuple):
     trained: dict[str, str]  # location -> what it teaches, one of TRAINED
     others: Counter  # kind -> lines that cannot
     replaced: int  # lines replaced by later ones
+    together: int = 0  # votes on replies on which there is another vote
 
     def said(self, sides: dict[str, str]) -> list[str]:
         """sides: location -> train, test or val; rows that were left out are in none."""
@@ -155,6 +158,7 @@ class Feedback(NamedTuple):
                 texts.append(f"{places['train']} {name} trained" + (f" ({', '.join(more)})" if more else ""))
         texts += [text.format(self.others[kind]) for kind, text in OTHERS.items() if self.others[kind]]
         texts += [f"{self.replaced} lines replaced by later ones"] if self.replaced else []
+        texts += [f"{self.together} votes taken together with others on the same replies"] if self.together else []
         return [f"feedback: {', '.join(texts)}"] if texts else []
 
 
@@ -186,11 +190,31 @@ def what_is_trained(line: dict, train_liked: bool, preference: str) -> tuple[dic
     return ({"messages": dialogue, **about} if dialogue else None), kind
 
 
+def agreed(lines: list) -> tuple[list, int]:
+    """(lines, in which the votes of several people on the same replies are one; how many are gone). The reply that more
+    say good of than of the other wins; if it is the same of both, both are what most say, or nothing."""
+    found: dict[tuple, list] = {}
+    for location, row in lines:
+        is_one = is_feedback(row) and problem_of(row) is None and is_vote(row) and row["verdict"] in VOTES
+        said = (row["messages"], [reply["content"] for reply in row["replies"]]) if is_one else location
+        found.setdefault((json.dumps(said),), []).append((location, row))
+    kept = []
+    for (location, row), *others in found.values():
+        if others:
+            votes = [VOTES[one["verdict"]] for _, one in others] + [VOTES[row["verdict"]]]
+            for_a, for_b = (sum(1 if vote[side] else -1 for vote in votes) for side in (0, 1))
+            names = {pair: name for name, pair in VOTES.items()}
+            pair = (True, False) if for_a > for_b else (False, True) if for_b > for_a else (for_a > 0, for_b > 0)
+            row = {**row, "verdict": names[pair] if pair[0] is not pair[1] or for_a else "withdrawn"}
+        kept.append((location, row))
+    return kept, len(lines) - len(kept)
+
+
 def take_feedback(read: list, train_liked: bool, preference: str = "") -> tuple[list, Feedback]:
     """(rows with what is trained in the place of lines of feedback, what became of the lines): dialogues, or if the
     method compares replies prompts with their replies. A line that cannot be understood becomes its reason."""
     rows, said = [], Feedback({}, Counter(), 0)
-    lines = newest(read)
+    lines, more = agreed(newest(read)) if preference else (newest(read), 0)
     for location, row in lines:
         if is_feedback(row):
             if problem := problem_of(row):
@@ -202,4 +226,4 @@ def take_feedback(read: list, train_liked: bool, preference: str = "") -> tuple[
                 continue
             said.trained[location] = kind
         rows.append((location, row))
-    return rows, said._replace(replaced=len(read) - len(lines))
+    return rows, said._replace(replaced=len(read) - len(lines) - more, together=more)

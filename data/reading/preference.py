@@ -128,7 +128,10 @@ def as_messages(reply) -> list[dict]:
     """A reply, or a whole dialogue, as messages of any form."""
     if isinstance(reply, str) and reply.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError):
-            reply = from_text(reply.strip(), "")
+            read = from_text(reply.strip(), "")
+            parts = read if isinstance(read, list) else [read]
+            if parts and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in parts):
+                reply = read  # otherwise the answer is JSON itself
     if isinstance(reply, dict):
         reply = {name: value for name, value in reply.items() if name != "label"}
         reply = [reply if reply.keys() & {"role", "from"} else {"role": "assistant", **reply}]

@@ -43,7 +43,8 @@ class Replies:
 
     def begin(self, dialogue: list[dict], settings: dict, session: str = "") -> str:
         name = uuid.uuid4().hex[:16]
-        self.known[name] = {"messages": dialogue, "settings": settings, "session": session, "think": "", "answer": ""}
+        self.known[name] = {"messages": dialogue, "settings": settings, "session": session, "think": "", "answer": "",
+                            "said": {}}  # fmt: skip
         return name
 
     def find(self, name: str | None) -> dict | None:
@@ -52,16 +53,19 @@ class Replies:
         return reply if reply and reply["answer"] else None
 
     def rate(self, name: str, verdict: str, rater: str = "", **more) -> None:
-        """more: reason, correction, form, as far as they are given. Raises OSError if the line cannot be written."""
+        """more: reason, correction, form, as far as they are given. Each rater has a line. Raises OSError if it cannot
+        be written."""
         reply = self.known[name]
         said = {"role": "assistant", "content": reply["answer"]}
         if reply["think"]:
             said["reasoning_content"] = reply["think"]
         # A thumb after a correction, or after a form, does not take it back.
-        reply |= {"verdict": verdict} | {key: value for key, value in more.items() if value}
+        own = reply["said"].setdefault(rater, {})
+        own |= {"verdict": verdict} | {key: value for key, value in more.items() if value}
+        number = list(reply["said"]).index(rater)
         line = {
-            "id": name,
-            **stamp(rater or self.page.rater, reply["session"]),
+            "id": f"{name}-{number}" if number else name,
+            **stamp(rater, reply["session"]),
             "model": self.page.model,
             "model_sha256": self.page.sha256,
             "settings": reply["settings"],
@@ -69,7 +73,7 @@ class Replies:
             "messages": [*reply["messages"], said],
             "verdict": verdict,
         }
-        line |= {key: reply[key] for key in ("correction", "form") if reply.get(key)}
+        line |= {key: own[key] for key in ("correction", "form") if own.get(key)}
         line |= {"reason": more["reason"]} if more.get("reason") else {}
         append_feedback(self.page.feedback, line)
 
@@ -84,11 +88,12 @@ class Panel:
         self.replies, self.items = replies, tuple(replies.page.form)
         self.empty = (*self.EMPTY, *[None] * len(self.items))
 
-    def fill(self, name: str | None) -> tuple:
+    def fill(self, name: str | None, rater: str = "") -> tuple:
         reply = self.replies.find(name)
         if reply is None:
             return self.empty
-        answers = [reply.get("form", {}).get(item) for item in self.items]
+        form = reply["said"].get(rater, {}).get("form", {})
+        answers = [form.get(item) for item in self.items]
         return name, reply["messages"][-1]["content"], reply["answer"], reply["think"], "", *answers
 
     def rate(self, history: list[dict], index: int, liked, rater: str = "") -> tuple[tuple, str]:
@@ -98,7 +103,7 @@ class Panel:
             raise LookupError
         verdict = {True: "like", False: "dislike"}.get(liked, "withdrawn")  # taking a thumb back sends an empty text
         self.replies.rate(name, verdict, rater)
-        return self.fill(name), verdict
+        return self.fill(name, rater), verdict
 
     def open(self, history: list[dict], name: str | None) -> tuple | None:
         """The last reply of the dialogue; None if the panel holds one already, which may be in the writing."""
@@ -120,7 +125,7 @@ class Panel:
         correction = {"content": answer.strip()} | ({"reasoning_content": thought.strip()} if thought.strip() else {})
         filled = {item: value for item, value in zip(self.items, form, strict=True) if value}
         if filled and (answer.strip(), thought.strip()) == (reply["answer"].strip(), reply["think"].strip()):
-            verdict, correction = reply.get("verdict", "shown"), None
+            verdict, correction = reply["said"].get(rater, {}).get("verdict", "shown"), None
         else:
             verdict = "edit"
         self.replies.rate(name, verdict, rater, reason=reason.strip(), correction=correction, form=filled)

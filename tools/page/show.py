@@ -40,10 +40,12 @@ def each_text(message, change):
 def bubbles(gradio, name: str, known: dict, seconds: float, text: dict, done: bool) -> list:
     """Lines above the reply if the question may be an emergency, or the reply names a drug or a dose; the thinking in a
     block that folds once it is done; the answer with its mark."""
-    notices = {"emergency": is_emergency(known["messages"][-1]["content"]), "drug": names_drug(known["answer"])}
-    shown = [
-        gradio.ChatMessage(content=text[kind], metadata={"id": NOTICE}) for kind, is_so in notices.items() if is_so
-    ]
+    if known.get("whole") or known["answer"].endswith(("。", "；", "！", "？", "\n", ".")):  # not at each token
+        known["drug"] = names_drug(known["answer"])
+    if "emergency" not in known:
+        known["emergency"] = is_emergency(known["messages"][-1]["content"])
+    kinds = [kind for kind in ("emergency", "drug") if known.get(kind)]
+    shown = [gradio.ChatMessage(content=text[kind], metadata={"id": NOTICE}) for kind in kinds]
     if known["think"]:
         state = {"title": text["thought"], "status": "done", "duration": seconds}
         state = state if done else {"title": text["thinking"], "status": "pending"}

@@ -5,6 +5,7 @@ once, so that several people vote on the same replies.
 """
 
 import html
+import json
 import random
 import threading
 import uuid
@@ -18,7 +19,7 @@ from tools.page.replies import Page, stamp
 from tools.page.show import bubbles, plain_chatbot
 from tools.page.web import head, rater_field, who
 
-VERDICTS = ("a", "b", "both_good", "both_bad")
+VERDICTS = tuple(VOTES)
 
 
 class Model(NamedTuple):
@@ -42,11 +43,17 @@ class Versus:
         self.lock = threading.Lock()  # one reply at a time, so a question is answered once
         self.replies: dict[str, list[dict]] = {}
         self.voted: set[tuple[str, str]] = set()  # rater, question
+        self.refused: set[str] = set()  # questions that a model cannot reply to
         for line in self.earlier():
-            shas = [reply.get("model_sha256") for reply in line["replies"]]
-            if shas == [model.sha256 for model in models]:
-                self.replies.setdefault(line["messages"][-1]["content"], line["replies"])
+            by_model = {(reply.get("model_sha256"), reply.get("system")): reply for reply in line["replies"]}
+            own = [by_model.get((model.sha256, model.system)) for model in models]
+            if None not in own and line.get("settings") == self.settings:
+                self.replies.setdefault(line["messages"][-1]["content"], own)
                 self.voted.add((line.get("rater", ""), line["messages"][-1]["content"]))
+
+    @property
+    def settings(self) -> dict:
+        return {"thinking": self.page.thinking, **self.page.settings}
 
     def earlier(self) -> list[dict]:
         path = self.page.feedback
@@ -58,7 +65,7 @@ class Versus:
 
     def next_for(self, rater: str) -> tuple[Question | None, int]:
         """(the first question of the list that the rater has not voted on, how many there were before)."""
-        done = [(rater, question.text) in self.voted for question in self.questions]
+        done = [(rater, one.text) in self.voted or one.text in self.refused for one in self.questions]
         return (self.questions[done.index(False)] if False in done else None), sum(done)
 
     def begin(self, question: Question) -> dict:
@@ -66,8 +73,7 @@ class Versus:
         order = [0, 1]
         random.SystemRandom().shuffle(order)
         kept = self.replies.get(question.text) if question in self.questions else None
-        return {"id": uuid.uuid4().hex[:16], "question": question, "order": order, "kept": kept,
-                "replies": [None, None]}  # fmt: skip
+        return {"question": question, "order": order, "kept": kept, "replies": [None, None]}
 
     def stream(self, gradio, now: dict, side: int):
         """The bubbles of the reply on one side, 0 or 1, as it comes."""
@@ -84,7 +90,9 @@ class Versus:
             for part, piece in stream:
                 known[part] += piece
                 yield bubbles(gradio, "reply", known, 0.0, text, done=part == "answer")
+        known["whole"] = True
         said = {"role": "assistant", "content": known["answer"], "model": model.name, "model_sha256": model.sha256}
+        said["system"] = model.system
         said |= {"reasoning_content": known["think"]} if known["think"] else {}
         now["replies"][number] = said
         yield bubbles(gradio, "reply", known, 0.0, text, done=True)
@@ -95,14 +103,16 @@ class Versus:
             raise LookupError
         left = now["order"][0]
         verdict = {"left": VERDICTS[left], "right": VERDICTS[1 - left]}.get(choice, choice)
-        settings = {"thinking": self.page.thinking, **self.page.settings}
-        system = self.models[0].system
-        dialogue = [{"role": "system", "content": system}] if system else []
+        systems = {model.system for model in self.models}
+        dialogue = [{"role": "system", "content": system} for system in systems if system and len(systems) == 1]
+        # Of one rater on the same replies there is one vote, the last.
+        key = json.dumps([rater, now["question"].text, now["replies"]], ensure_ascii=False)
+        name = uuid.uuid5(uuid.NAMESPACE_URL, key).hex[:16]
         line = {
-            "id": now["id"],
-            **stamp(rater or self.page.rater, session),
-            "settings": settings,
-            "AIGC": generated_by(" / ".join(model.name for model in self.models), now["id"]),
+            "id": name,
+            **stamp(rater, session),
+            "settings": self.settings,
+            "AIGC": generated_by(" / ".join(model.name for model in self.models), name),
             "messages": [*dialogue, {"role": "user", "content": now["question"].text}],
             "replies": now["replies"],
             "left": VERDICTS[left],
@@ -142,7 +152,9 @@ def build(gradio, versus: Versus):
         return [gradio.Button(interactive=is_ready)] * len(buttons)
 
     def ask(request: gradio.Request, typed: str, field: str):
-        by, _ = who(request, field)
+        by, _ = who(request, field, page)
+        if has_list and not by:
+            raise gradio.Error(text["no_rater"], title=text["error"], print_exception=False)
         question, done = versus.next_for(by) if has_list else (Question(typed.strip()), 0)
         if question is None or not question.text:
             message = text["all_done"].format(done) if has_list else text["ask"]
@@ -164,7 +176,8 @@ def build(gradio, versus: Versus):
                 if question in versus.questions:
                     versus.replies.setdefault(question.text, begun["replies"])
         except ReplyError as error:
-            message = html.escape(f"{text[error.kind]} ({error})")
+            message = f"{text[error.kind]} ({error})"
+            versus.refused.add(question.text)
             yield None, question.text, *shown, message, gradio.Button(interactive=True), *ready(False)
             return
         yield begun, question.text, *shown, progress, gradio.Button(interactive=True), *ready(True)
@@ -172,7 +185,7 @@ def build(gradio, versus: Versus):
     def voting(choice: str):
         def vote(request: gradio.Request, begun: dict | None, why: str, field: str):
             try:
-                versus.vote(begun, choice, why, *who(request, field))
+                versus.vote(begun, choice, why, *who(request, field, page))
             except LookupError:
                 raise gradio.Error(text["no_vote"], title=text["error"], print_exception=False) from None
             except (OSError, UserError) as error:

@@ -22,7 +22,7 @@ LOCAL = "127.0.0.1"
 def import_gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOCAL]))
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOCAL, "localhost", "0.0.0.0"]))
     try:
         import gradio
     except ImportError as error:
@@ -64,14 +64,15 @@ def head(gradio, page: Page, title: str) -> None:
     gradio.HTML(f"<p>{html.escape(page.text['no_advice'] + kept)}</p>", elem_id="warning")
 
 
-def rater_field(gradio, page: Page, **more):
+def rater_field(gradio, page: Page):
     """Who gives feedback; whoever has logged in is known by that name."""
-    return gradio.Textbox(page.rater, label=page.text["rater"], visible=not page.passwords, **more)
+    return gradio.Textbox(page.rater, label=page.text["rater"], visible=bool(page.feedback and not page.passwords))
 
 
-def who(request, field: str) -> tuple[str, str]:
+def who(request, field: str, page: Page) -> tuple[str, str]:
     """(rater, session)"""
-    return (getattr(request, "username", None) or field or "").strip(), getattr(request, "session_hash", None) or ""
+    rater = getattr(request, "username", None) or (field or "").strip() or page.rater
+    return rater, getattr(request, "session_hash", None) or ""
 
 
 def build(gradio, causal_lm, tokenizer, page: Page):
@@ -80,21 +81,23 @@ def build(gradio, causal_lm, tokenizer, page: Page):
     temperature = page.settings.get("temperature", own) if page.settings.get("do_sample", True) else 0.0
 
     def reply(
-        message: str, history: list[dict], thinking: bool, temperature: float, length: int, request: gradio.Request
-    ):
+        message: str, history: list[dict], thinking: bool, temperature: float, length: int, field: str,
+        request: gradio.Request,
+    ):  # fmt: skip
         settings = page.settings | {"max_new_tokens": int(length)} | sampling_keywords(temperature=temperature)
         dialogue = [{"role": "system", "content": page.system}] if page.system else []
         dialogue += [*spoken(history, text["mark"]), {"role": "user", "content": message}]
-        rater, session = who(request, page.rater)
+        rater, session = who(request, field, page)
         name = replies.begin(dialogue, {"thinking": thinking, **settings}, session)
         try:
             yield from stream_reply(gradio, causal_lm, tokenizer, replies, name, text)
         finally:  # one that was stopped, too
-            if page.keep_all and replies.find(name):
+            if page.keep_all and replies.find(name) and not replies.known[name]["said"]:
                 replies.rate(name, "shown", rater)
 
     with gradio.Blocks(title=f"{text['title']} · {page.model}", analytics_enabled=False) as blocks:
         head(gradio, page, f"{text['title']} · {page.model}")
+        rater = rater_field(gradio, page)
         chatbot = plain_chatbot(gradio, height="58vh", placeholder=text["title"])
         question = gradio.Textbox(
             placeholder=text["ask"],
@@ -113,6 +116,7 @@ def build(gradio, causal_lm, tokenizer, page: Page):
                 gradio.Checkbox(page.thinking, label=text["think"], render=False),
                 gradio.Slider(0, 2, temperature, step=0.05, label=text["temperature"], render=False),
                 gradio.Slider(64, 8192, page.settings["max_new_tokens"], step=64, label=text["length"], render=False),
+                rater,
             ],
             additional_inputs_accordion=gradio.Accordion(text["settings"], open=False, render=False),
             examples=[[question] for question in text["questions"]],
@@ -121,7 +125,7 @@ def build(gradio, causal_lm, tokenizer, page: Page):
             api_visibility="private",
         )
         if page.feedback:
-            add_feedback(gradio, chatbot, question, Panel(replies), page)
+            add_feedback(gradio, chatbot, question, rater, Panel(replies), page)
     return blocks
 
 
@@ -140,6 +144,7 @@ def stream_reply(gradio, causal_lm, tokenizer, replies: Replies, name: str, text
         raise gradio.Error(
             html.escape(f"{text[error.kind]} ({error})"), title=text["error"], print_exception=False
         ) from None
+    known["whole"] = True
     yield bubbles(gradio, name, known, seconds, text, done=True)  # the thinking may have ended without its mark
     if not stream.reply.stopped:
         gradio.Warning(text["cut"], title=text["info"])
@@ -147,19 +152,18 @@ def stream_reply(gradio, causal_lm, tokenizer, replies: Replies, name: str, text
         gradio.Warning(text["no_answer"] if known["think"] else text["no_reply"], title=text["info"])
 
 
-def add_feedback(gradio, chatbot, question, panel: Panel, page: Page) -> None:
+def add_feedback(gradio, chatbot, question, rater, panel: Panel, page: Page) -> None:
     """Thumbs beside each reply, and a panel to correct the one that was rated, or else the last one, with the form. A
     new question, a repeated one, one taken back and a cleared dialogue empty and close it."""
     text, chosen = page.text, gradio.State(None)
     with gradio.Accordion(text["feedback"], open=False) as box:
         asked = gradio.Textbox(label=text["correcting"], interactive=False, max_lines=4)
-        choices = [(text[name], name) for name in ("yes", "no", "unknown")]
+        choices = [(text[name], name) for name in ("yes", "no", "cannot_say")]
         items = [gradio.Radio(choices, label=label) for label in page.form.values()]
         answer = gradio.Textbox(label=text["answer"], lines=4, max_lines=12)
         thought = gradio.Textbox(label=text["thought_kept"], lines=2, max_lines=8)
         reason = gradio.Textbox(label=text["reason"])
         save = gradio.Button(text["save_all"] if items else text["save"], variant="primary")
-    rater = rater_field(gradio, page)
     fields = [chosen, asked, answer, thought, reason, *items]
 
     def told(act):
@@ -175,16 +179,16 @@ def add_feedback(gradio, chatbot, question, panel: Panel, page: Page) -> None:
         gradio.Info(text["saved"], title=text["info"])
         return done
 
-    def rated(history: list[dict], rater: str, event: gradio.LikeData, request: gradio.Request):
-        by, _ = who(request, rater)
+    def rated(history: list[dict], field: str, event: gradio.LikeData, request: gradio.Request):
+        by, _ = who(request, field, page)
         held, verdict = told(lambda: panel.rate(history, event.index, event.liked, by))
         return (*held, gradio.Accordion(open=verdict == "dislike" or bool(items)))
 
     def opened(history: list[dict], name: str | None):
         return panel.open(history, name) or tuple(gradio.skip() for _ in fields)
 
-    def saved(request: gradio.Request, history, rater: str, name: str | None, answer: str, thought, reason, *form):
-        by, _ = who(request, rater)
+    def saved(request: gradio.Request, history, field: str, name: str | None, answer: str, thought, reason, *form):
+        by, _ = who(request, field, page)
         held = told(lambda: panel.save(history, name, answer, thought, reason, *form, rater=by))
         return (*held, gradio.Accordion(open=False))
 

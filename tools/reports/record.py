@@ -67,7 +67,7 @@ class Record(NamedTuple):
         """Of each measure that the step file brought: its title, and its figures that are there."""
         names = dict.fromkeys(name for row in self.evaluations for name in row)
         return {
-            measure: (title + (" ↑" if higher else " ↓"), found)
+            measure: (title + ("" if len(found) > 1 else " ↑" if higher else " ↓"), found)
             for measure, (title, higher) in self.run.get("measures", {}).items()
             if (found := [name for name in names if name == measure or name.startswith(f"{measure}/")])
         }

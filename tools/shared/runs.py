@@ -8,7 +8,8 @@ from accelerate.utils import AutocastKwargs, set_seed
 
 from data.base.errors import UserError
 from data.reading.feedback import take_feedback
-from data.reading.formats import Given, as_columns, read_row
+from data.reading.formats import Given, as_columns, candidates, read_row
+from data.reading.messages import filled
 from data.reading.read import read_file
 from data.reading.rows import Row, read_given
 from data.reading.source import find_source
@@ -38,13 +39,16 @@ def read_side(run_dir: Path, side: str) -> list[Row]:
     return read_rows(str(path), run["system_prompt"], read_given(run.get("columns", ()))) if path.exists() else []
 
 
-def read_rows(dataset: str, system_prompt: str, given: Given = ()) -> list[Row]:
-    """Every row of a dataset. Raises UserError naming the first that is unusable."""
+def read_rows(dataset: str, system_prompt: str, given: Given = (), questions: bool = False) -> list[Row]:
+    """Every row of a dataset; questions: they may be without an answer. Raises UserError naming the first that is
+    unusable."""
     rows, source, read = [], find_source(dataset), []
     for path in source.files:
         read += ((place, as_columns(row)) for place, row in read_file(path, path.name, source.part, []))
     read, _ = take_feedback(read, train_liked=False)
     for location, columns in read[: source.number_of(len(read))]:
+        if questions and isinstance(columns, dict) and not any(candidates(tuple(filled(columns)), given)["answer"]):
+            columns = {**columns, "answer": "-"}
         try:
             rows.append(Row(location, columns, read_row(columns, system_prompt, given).messages))
         except ValueError as reason:

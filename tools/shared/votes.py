@@ -22,21 +22,31 @@ def say_votes(lines: list[dict]) -> list[str]:
     models."""
     said, by_models = [], {}
     for line in lines:
-        by_models.setdefault(tuple(str(reply.get("model")) for reply in line["replies"]), []).append(line)
-    for (a, b), votes in by_models.items():
+        models = tuple((str(reply.get("model")), reply.get("model_sha256")) for reply in line["replies"])
+        if models[::-1] in by_models:  # the same two, named the other way round
+            models, line = models[::-1], turned(line)
+        by_models.setdefault(models, []).append(line)
+    for ((a, _), (b, _)), votes in by_models.items():
         counts = Counter(vote["verdict"] for vote in votes)
         said.append(f"{len(votes)} votes, A = {a}, B = {b}")
         said.append(f"  A better {counts['a']}, B better {counts['b']}, both good {counts['both_good']}, both bad "
                     f"{counts['both_bad']}")  # fmt: skip
         said.append(f"  B wins {won_by_b(votes)}; ties are left out")
         for name in ("rater", "group"):
-            parts = {str(vote.get(name) or "-"): [] for vote in votes}
+            parts: dict[str, list[dict]] = {}
             for vote in votes:
-                parts[str(vote.get(name) or "-")].append(vote)
+                parts.setdefault(str(vote.get(name) or "-"), []).append(vote)
             if len(parts) > 1:
                 said += [f"    {name} {part}: B wins {won_by_b(some)}" for part, some in sorted(parts.items())]
         said += [f"  {text}" for text in (side(votes), *agreements(votes)) if text]
     return said
+
+
+def turned(vote: dict) -> dict:
+    """The same vote with A and B exchanged."""
+    other = {"a": "b", "b": "a"}
+    sides = {name: other.get(vote.get(name), vote.get(name)) for name in ("verdict", "left")}
+    return {**vote, **sides, "replies": vote["replies"][::-1]}
 
 
 def won_by_b(votes: list[dict]) -> str:
@@ -84,7 +94,7 @@ def say_forms(lines: list[dict]) -> list[str]:
     for item in items:
         counts = Counter((line.get("form") or {}).get(item) for line in lines)
         whole = counts["yes"] + counts["no"]
-        said.append(f"  {item}: {rate(counts['yes'], whole)}; cannot say {counts['unknown']}")
+        said.append(f"  {item}: {rate(counts['yes'], whole)}; cannot say {counts['cannot_say']}")
     return said
 
 
