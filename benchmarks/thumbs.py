@@ -39,11 +39,11 @@ LENGTHS = "--num-train-epochs 3", "--num-train-epochs 10", "--num-train-epochs 3
 COMPARED = "--learning-rate 1e-4 --step-file recipes/"
 WAYS = {
     "corrections as rows": ("corrected", "", RATES, (2, 2)),
-    "likes as rows": ("thumbs", "--train-liked", RATES, (1, 1)),
-    "KTO, thumbs": ("thumbs", f"{COMPARED}kto.py", LENGTHS, (1, 0)),
+    "likes as rows": ("thumbs", "--train-liked", RATES, (0, 1)),
+    "KTO, thumbs": ("thumbs", f"{COMPARED}kto.py", LENGTHS, (0, 0)),
     "DPO, corrections": ("corrected", f"{COMPARED}dpo.py", LENGTHS, (1, 0)),
     "DPO, votes": ("votes", f"{COMPARED}dpo.py", LENGTHS, (1, 0)),
-    "DPO with RPO, corrections": ("corrected", f"{COMPARED}dpo.py --step-set RPO=1.0", LENGTHS, (1, 1)),
+    "DPO with RPO, corrections": ("corrected", f"{COMPARED}dpo.py --step-set RPO=1.0", LENGTHS, (2, 1)),
 }
 COMMON = "--num-train-epochs 3 --gradient-accumulation-steps 4 --warmup-ratio 0.1 --eval-steps 10 --num-samples 0 "
 COMMON += "--early-stopping-patience 0"

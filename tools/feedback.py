@@ -45,7 +45,7 @@ NAMES = {
     "vote": "votes", "shown": "without a verdict", "withdrawn": "withdrawn",
 }  # fmt: skip
 # So many were enough where it was measured: benchmarks/RESULTS.md, "Do thumbs help?".
-ENOUGH_PAIRS, ENOUGH_THUMBS = 60, 400
+ENOUGH_PAIRS, ENOUGH_THUMBS = 40, 400
 
 
 def read_feedback(path: Path) -> list[dict]:
@@ -263,15 +263,17 @@ def next_step(file: Path, folder: Path, lines: list[dict]) -> tuple[list[str], s
     same += ["--mixed-precision", run["mixed_precision"], "--max-length", run["max_length"]]
     same += ["--lora-rank", run["lora_rank"]] if run.get("lora_rank") else []
     same += ["--language", run["language"], "--output-dir", f"{folder}-feedback"]
-    if number["pairs"] >= ENOUGH_PAIRS:
+    rows = [] if (data / "held.jsonl").exists() else [data / "train.jsonl"]  # that run compared replies
+    as_rows = ["better", "--dataset", file, *rows], f"{corrected} corrections, as rows beside those of the run"
+    if corrected and 2 * corrected >= number["pairs"]:  # better than DPO with the same lines, where both were measured
+        more, why = as_rows
+    elif number["pairs"] >= ENOUGH_PAIRS:
         more, why = ["preference", "--dataset", file], f"{number['pairs']} pairs, enough for DPO ({ENOUGH_PAIRS})"
     elif number["thumbs"] >= ENOUGH_THUMBS:
         more = ["preference", "--step-file", "recipes/kto.py", "--dataset", file]
         why = f"{number['thumbs']} thumbs, enough for KTO ({ENOUGH_THUMBS})"
     elif corrected:
-        rows = [] if (data / "held.jsonl").exists() else [data / "train.jsonl"]  # that run compared replies
-        more = ["better", "--dataset", file, *rows]
-        why = f"{corrected} corrections, as rows beside those of the run; DPO takes {ENOUGH_PAIRS} pairs"
+        more, why = as_rows
     else:
         raise UserError(
             f"{number['pairs']} pairs of at least {ENOUGH_PAIRS}, {number['thumbs']} thumbs of at least "
