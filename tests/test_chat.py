@@ -343,8 +343,9 @@ def open_page(best):
 
 
 def ask(page, question: str, turn: int = 1) -> None:
-    page.locator("textarea").first.fill(question)
-    page.locator("textarea").first.press("Enter")
+    box = page.locator("textarea").nth(int(page.get_by_label("评价人").is_visible()))  # that one stands above
+    box.fill(question)
+    box.press("Enter")
     page.wait_for_function(
         "([answer, turn]) => document.body.innerText.split(answer).length - 1 === turn", arg=[ANSWER, turn]
     )
