@@ -386,6 +386,13 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(recipe, strategy, whol
     assert_same_end(tmp_path / "run", whole(recipe, strategy))
 
 
+def test_other_constants_do_not_go_on_with_a_run(whole, small_folder, tmp_path):
+    """Its best model is chosen by their loss, which would have another scale."""
+    args = arguments(small_folder, "kto", "one", whole("kto", "one"))
+    done = run([*args, "--step-set", "BETA=0.7", "--resume"], log=tmp_path / "log")
+    assert done.codes == [2] and "the loss that chooses best/ depends on it" in done.output
+
+
 def test_the_record_of_a_run(whole):
     folder = whole("dpo", "one")
     first, *_, last = [row for row in metrics_of(folder) if "eval/preference/loss" in row]

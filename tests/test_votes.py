@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT, good_row
 from ranks import run
 
+from data.base.errors import UserError
 from data.reading.feedback import append_feedback
 from tools import chat, feedback
-from tools.page import versus
+from tools.page import start, versus
 from tools.page.replies import Page, Panel, Replies
 from tools.page.show import bubbles, id_from, spoken
 from tools.shared import safety
@@ -165,7 +166,7 @@ def test_what_tells_who_somebody_is():
 
 
 def test_a_form_beside_the_thumb(tmp_path):
-    page = Page("m", TEXT, "", True, {}, 1, tmp_path / "f.jsonl", "0", form=chat.read_form(chat.FORM, "zh"))
+    page = Page("m", TEXT, "", True, {}, 1, tmp_path / "f.jsonl", "0", form=start.read_form(chat.FORM, "zh"))
     replies = Replies(page)
     panel, name = Panel(replies), replies.begin([USER], {}, "s1")
     replies.known[name] |= {"answer": "多喝水。", "think": "想。"}
@@ -207,28 +208,28 @@ def test_files_of_the_page(tmp_path):
     words, form = tmp_path / "words", tmp_path / "form.yaml"
     words.write_text("张三:one:two\n\n李四: three \n", encoding="utf-8")
     words.chmod(0o644)
-    with pytest.raises(chat.UserError, match="chmod 600"):
-        chat.read_passwords(words)
+    with pytest.raises(UserError, match="chmod 600"):
+        start.read_passwords(words)
     words.chmod(0o600)
-    assert chat.read_passwords(words) == (("张三", "one:two"), ("李四", "three"))
+    assert start.read_passwords(words) == (("张三", "one:two"), ("李四", "three"))
     words.write_text("张三\n", encoding="utf-8")
-    with pytest.raises(chat.UserError, match="NAME:PASSWORD"):
-        chat.read_passwords(words)
+    with pytest.raises(UserError, match="NAME:PASSWORD"):
+        start.read_passwords(words)
     for text in ("- a", "a: ''", "a: [1]", "{"):
         form.write_text(text, encoding="utf-8")
-        with pytest.raises(chat.UserError, match="--form"):
-            chat.read_form(form, "zh")
+        with pytest.raises(UserError, match="--form"):
+            start.read_form(form, "zh")
     form.write_text("polite: 有礼貌", encoding="utf-8")
-    assert chat.read_form(form, "zh") == {"polite": "有礼貌"}
+    assert start.read_form(form, "zh") == {"polite": "有礼貌"}
     listed = tmp_path / "q.txt"
     listed.write_text("头晕？\n\n咳嗽？\n头晕？\n", encoding="utf-8")
-    assert [question.text for question in chat.read_questions(str(listed), "")] == ["头晕？", "咳嗽？"]
-    assert chat.read_questions("sample:3", "department")[0].group
-    with pytest.raises(chat.UserError, match="no such column"):
-        chat.read_questions("sample:3", "deparment")
+    assert [question.text for question in start.read_questions(str(listed), "")] == ["头晕？", "咳嗽？"]
+    assert start.read_questions("sample:3", "department")[0].group
+    with pytest.raises(UserError, match="no such column"):
+        start.read_questions("sample:3", "deparment")
     asked = tmp_path / "q.jsonl"
     asked.write_text('{"question": "头晕？", "科室": "内科"}\n', encoding="utf-8")
-    assert chat.read_questions(str(asked), "科室") == [versus.Question("头晕？", "内科")]
+    assert start.read_questions(str(asked), "科室") == [versus.Question("头晕？", "内科")]
 
 
 def test_no_text_of_the_page_is_there_twice():

@@ -233,8 +233,7 @@ def record(folder: Path, method: ModuleType, optimizers: list[str], before: list
         changed = f"{was['optimizers']} -> {optimizers}"
         if method.PREFERENCE and was.get("set") != now.get("set"):
             raise UserError(
-                f"{folder} was trained with other constants: {was.get('set')} -> {now.get('set')}. Its best model is "
-                "chosen by a loss that depends on them; give --step-set as it was, or begin another run"
+                f"{folder} was trained with --step-set {was.get('set')}; the loss that chooses best/ depends on it"
             )
         if all(was.get(name) == now.get(name) for name in ("sha256", "imports", "set")):
             raise UserError(f"{folder} was trained with other optimizers: {changed}; give --memory as it was")
