@@ -290,14 +290,14 @@ def test_kto_goes_on_with_a_single_reply_and_without_a_measured_one(make_model, 
         assert metrics.finite and metrics.grad_norm > 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp3", "fsdp2"])
-def test_a_rank_without_a_reply_waits_for_the_others(strategy, small_folder, tmp_path):
+@pytest.mark.integration
+@pytest.mark.parametrize(("recipe", "number", "strategy"), [("dpo", 10, "ddp3"), ("kto", 7, "fsdp2")])
+def test_a_rank_without_a_reply_waits_for_the_others(recipe, number, strategy, small_folder, tmp_path):
     """The last batch of the epoch has one pair, or one reply."""
-    for recipe, number in (("dpo", 10), ("kto", 7)):
-        args = arguments(small_folder, recipe, strategy, tmp_path / recipe)
-        args[args.index("sample-feedback:60")] = f"sample-feedback:{number * 2}"
-        done = run([*args, "--num-train-epochs", 2, "--max-steps", -1], strategy, log=tmp_path / "log")
-        assert set(done.codes) == {0}, done.output
+    args = arguments(small_folder, recipe, strategy, tmp_path / recipe)
+    args[args.index("sample-feedback:60")] = f"sample-feedback:{number * 2}"
+    done = run([*args, "--num-train-epochs", 2, "--max-steps", -1], strategy, log=tmp_path / "log")
+    assert set(done.codes) == {0}, done.output
 
 
 def test_figures_of_held_out_replies():

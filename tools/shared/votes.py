@@ -22,7 +22,7 @@ def say_votes(lines: list[dict]) -> list[str]:
     models."""
     said, by_models = [], {}
     for line in lines:
-        models = tuple((str(reply.get("model")), reply.get("model_sha256")) for reply in line["replies"])
+        models = tuple((str(reply.get("model") or "-"), reply.get("model_sha256")) for reply in line["replies"])
         if models[::-1] in by_models:  # the same two, named the other way round
             models, line = models[::-1], turned(line)
         by_models.setdefault(models, []).append(line)
