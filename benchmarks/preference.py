@@ -72,7 +72,10 @@ def mismatched(row, other):
 
 def our_losses(method, units, config, folder: Path) -> list[float]:
     accelerator, tokenizer = Accelerator(mixed_precision="no"), AutoTokenizer.from_pretrained(folder)
-    model = SFTModel(load_model(str(folder), tokenizer, gradient_checkpointing=False, dtype=torch.float32), 1024)
+    model, before = (
+        SFTModel(load_model(str(folder), tokenizer, gradient_checkpointing=False, dtype=torch.float32), 1024)
+        for _ in range(2)
+    )
     optimizers, losses = method.make_optimizers(model, config), []
     note_peaks(optimizers)
     for step in range(STEPS):
@@ -81,7 +84,7 @@ def our_losses(method, units, config, folder: Path) -> list[float]:
             for row, label in unit:
                 ((example, *_), _) = encode_rows([row], tokenizer, 512, "error")
                 rows.append(dataclasses.replace(example, label=label, unit=number))
-        rows = [with_reference(row, folder, tokenizer, accelerator) for row in rows]
+        rows = [with_reference(row, before, accelerator) for row in rows]
         batch = make_batch(rows, ROWS, batch_size=3, seed=step)
         metrics = method.train_step(model, optimizers, batch, accelerator, 1.0, config)
         loss = next(float(total) / count for name, total, count in batch.logged if name == "preference_loss")
@@ -91,8 +94,7 @@ def our_losses(method, units, config, folder: Path) -> list[float]:
     return losses
 
 
-def with_reference(row, folder: Path, tokenizer, accelerator):
-    before = SFTModel(load_model(str(folder), tokenizer, gradient_checkpointing=False, dtype=torch.float32), 1024)
+def with_reference(row, before: SFTModel, accelerator):
     each = dataclasses.replace(row, own_parts=tuple(("", n, n + 1) for n in range(row.num_targets)))
     losses = [line.loss_sum for line in score(before, [each], accelerator)]
     return dataclasses.replace(row, reference=torch.tensor(losses))

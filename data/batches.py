@@ -97,13 +97,13 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 
 def step_batch(step: int, examples: Sequence[Example], *, rows_per_step: int, seed: int, **packing) -> Batch:
     """What a rank trains on after `step` completed steps; packing: the keywords of `rank_rows`."""
-    units = getattr(examples, "units", ())
-    number = len(units) or len(examples)
-    indices = step_indices(step, num_examples=number, rows_per_step=rows_per_step, seed=seed)
-    epoch = (step + 1) / steps_per_epoch(number, rows_per_step)
+    units = getattr(examples, "units", ())  # of data.encoded.Encoded, if replies are compared
+    num_units = len(units) or len(examples)
+    indices = step_indices(step, num_examples=num_units, rows_per_step=rows_per_step, seed=seed)
+    epoch = (step + 1) / steps_per_epoch(num_units, rows_per_step)
     if units:
-        pairs = ((number, index) for number, unit in enumerate(indices) for index in units[unit])
-        rows = [dataclasses.replace(examples[index], unit=number) for number, index in pairs]
+        places = ((number, place) for number, index in enumerate(indices) for place in units[index])
+        rows = [dataclasses.replace(examples[place], unit=number) for number, place in places]
     else:
         rows = [examples[index] for index in indices]
     return make_batch(rows, len(indices), epoch=epoch, step=step, seed=seed_of(seed, step), **packing)

@@ -16,12 +16,13 @@ def encode_compared(
     does not fit into max_length is left out. answers_alone: the targets are those of the answers."""
     from datasets import concatenate_datasets
 
-    units, problems = units_of(rows, kind, answers_alone), []
-    if answers_alone and kind == "pairs":
-        same = [unit for unit in units if unit[0][0].messages == unit[1][0].messages]
-        units = [unit for unit in units if unit not in same]
-        problems = [{"location": unit[0][0].location, "problem": "its answers are the same", "action": "dropped"}
-                    for unit in same]  # fmt: skip
+    units, problems = [], []
+    for unit in units_of(rows, kind, answers_alone):
+        if kind == "pairs" and unit[0][0].messages == unit[1][0].messages:  # they differed in the thinking alone
+            problem = "its answers are the same"
+            problems.append({"location": unit[0][0].location, "problem": problem, "action": "dropped"})
+        else:
+            units.append(unit)
     flat = [[row for unit in units for row, label in unit if bool(label) is is_own] for is_own in (True, False)]
     own, own_problems = encode_all(flat[0], tokenizer, max_length, overlong)
     problems += own_problems
@@ -49,7 +50,8 @@ def units_of(rows: Sequence[Row], kind: str, answers_alone: bool = False) -> lis
     """pairs: the good and the bad reply to a prompt; if the answers alone are compared, both after the thinking of the
     good one. thumbs: each reply, and beside it that of another prompt put after its own (label 0), on which KTO
     measures the divergence from the model before training. That one is the same in each epoch, so its loss before
-    training is computed once, and it is never a reply to its prompt. There is none if all prompts are one."""
+    training is computed once; it is never one that its own prompt got. There is none if all prompts, or all replies,
+    are the same."""
     if kind == "pairs":
         units = []
         for row in rows:
@@ -59,13 +61,13 @@ def units_of(rows: Sequence[Row], kind: str, answers_alone: bool = False) -> lis
         return units
     replies = [(row, number, *reply) for row in rows for number, reply in enumerate(row.replies, start=1)]
     prompts = [row.questions[-1] for row, *_ in replies]
-    units, is_one = [], len(set(prompts)) == 1
+    texts = [(reply["content"], reply.get("reasoning_content")) for _, _, reply, _ in replies]
+    units, is_one = [], 1 in (len(set(prompts)), len(set(texts)))
     for place, (row, number, reply, is_good) in enumerate(replies):
         units.append([(with_reply(row, reply, f"reply {number}"), 1 if is_good else -1)])
-        for n in () if is_one else range(place + 1, place + len(replies)):
-            if prompts[n % len(replies)] != prompts[place]:
-                other = replies[n % len(replies)][2]
-                units[-1].append((with_reply(row, other, f"reply {number}, mismatched"), 0))
+        for other in () if is_one else (*range(place + 1, len(replies)), *range(place)):
+            if prompts[other] != prompts[place] and texts[other] != texts[place]:
+                units[-1].append((with_reply(row, replies[other][2], f"reply {number}, mismatched"), 0))
                 break
     return units
 

@@ -45,7 +45,9 @@ class Data:
         )
 
 
-def load_data(config, make_tokenizer, rank: int, world_size: int, preference: str = "", answers_alone=False) -> Data:
+def load_data(
+    config, make_tokenizer, rank: int, world_size: int, preference: str = "", answers_alone: bool = False
+) -> Data:
     """make_tokenizer: from the texts of the training rows. preference: pairs or thumbs, if the method compares replies;
     answers_alone: without their thinking. Raises UserError if nothing can be trained on."""
     split = load_split(config, preference)
@@ -54,8 +56,8 @@ def load_data(config, make_tokenizer, rank: int, world_size: int, preference: st
     rows = functools.partial(encode_all, **settings)
     compared = functools.partial(encode_compared, **settings, kind=preference, answers_alone=answers_alone)
     encode = {"train": compared, "val": rows, "held": compared} if preference else {"train": rows, "val": rows}
-    sides = encode_split(split, encode)
+    sides = encode_split(split, encode, config.max_length)
     if preference == "thumbs" and 0 not in sides["train"].labels:
-        raise UserError("all replies with a thumb answer one prompt; KTO needs replies to two prompts at least")
+        raise UserError("the replies with a thumb are to one prompt, or all the same; KTO needs others to compare with")
     replies = read_replies(config.forget, tokenizer)
     return Data(split, tokenizer, sides["train"], [*sides["val"]], rank, world_size, replies, sides.get("held"))

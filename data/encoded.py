@@ -70,7 +70,7 @@ def example_of(row: dict, label: int = 1) -> Example:
     return Example(ids, int(row["prompt_length"]), int(row["answer_start"]), place, label=label)
 
 
-def encode_split(split: Split, encode: dict[str, Callable]) -> dict[str, Encoded]:
+def encode_split(split: Split, encode: dict[str, Callable], max_length: int) -> dict[str, Encoded]:
     """The Examples of train, val and, if replies are compared, held; completes split.report with token counts. encode:
     side -> what makes (Encoded, problems) of its rows. Raises UserError if one is empty."""
     sides = {}
@@ -79,7 +79,7 @@ def encode_split(split: Split, encode: dict[str, Callable]) -> dict[str, Encoded
         split.report[name] = token_report(sides[name], problems)
         split.report["problems"] += problems
         if not len(sides[name]):
-            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length, see --max-length")
+            raise UserError(f"{split.report['dataset']}: no {name} row fits into max_length {max_length} tokens")
     return sides
 
 

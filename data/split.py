@@ -66,10 +66,10 @@ def load_split(config, preference: str = "") -> Split:
     held_out = HeldOut()
     test = held_out.without(without_repeats(parts["test"], problems), "test", problems)
     held_out.add(test, "test")
-    test = [row for one in test for row in good_reply(one)] if preference else test
+    test = good_replies(test) if preference else test
     held, val = (held_out.without(without_repeats(parts[name], problems), "val", problems) for name in ("held", "val"))
     if preference and not config.val_dataset:
-        val = [row for one in held for row in good_reply(one)]
+        val = good_replies(held)
     held_out.add([*held, *val], "validation")
     train = held_out.without(without_repeats(parts["train"], problems), "train", problems, excluded)
     train = train if preference else without_corrected(train, problems)
@@ -89,13 +89,17 @@ def load_split(config, preference: str = "") -> Split:
     return split
 
 
-def good_reply(row: Row) -> list[Row]:
-    """A row that compares replies, as one that teaches its good reply."""
-    good = [reply for reply, is_good in row.replies if is_good]
-    messages = [*row.messages[:-1], *good[:1]]
-    others = {name: row.columns[name] for name in row.columns.keys() - {"prompt", "chosen", "rejected", "replies"}}
-    columns = others | {"messages": messages}
-    return [dataclasses.replace(row, columns=columns, messages=messages, replies=())] * bool(good)
+def good_replies(rows: list[Row]) -> list[Row]:
+    """Rows that compare replies, as rows that teach the good one; without those that have none."""
+    found = []
+    for row in rows:
+        good = next((reply for reply, is_good in row.replies if is_good), None)
+        if good is not None:
+            messages = [*row.messages[:-1], good]
+            others = row.columns.keys() - {"prompt", "chosen", "rejected", "replies"}
+            columns = {name: row.columns[name] for name in others} | {"messages": messages}
+            found.append(dataclasses.replace(row, columns=columns, messages=messages, replies=()))
+    return found
 
 
 def without_corrected(rows: list[Row], problems: list[dict]) -> list[Row]:

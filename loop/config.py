@@ -221,7 +221,11 @@ PRESETS = {
         run_name="qwen3-1.7b-better",
         output_dir="outputs/qwen3-1.7b-medical-better",
     ),
-    # After one of these: from feedback, a model whose good replies are likelier and whose bad ones are less likely.
+    # The same with LoRA, whose updates take a higher rate.
+    "lora": TrainConfig(
+        lora_rank=16, learning_rate=2e-4, run_name="qwen3-1.7b-lora", output_dir="outputs/qwen3-1.7b-medical-lora"
+    ),
+    # After one of these, from feedback: good replies become likelier than bad ones.
     "preference": TrainConfig(
         step_file="recipes/dpo.py",
         model="outputs/qwen3-1.7b-medical/best",
@@ -234,10 +238,6 @@ PRESETS = {
         logging_steps=1,
         run_name="qwen3-1.7b-preference",
         output_dir="outputs/qwen3-1.7b-medical-preference",
-    ),
-    # The same with LoRA, whose updates take a higher rate.
-    "lora": TrainConfig(
-        lora_rank=16, learning_rate=2e-4, run_name="qwen3-1.7b-lora", output_dir="outputs/qwen3-1.7b-medical-lora"
     ),
     # Embedded data and model: no download, no account, no GPU. Overfits on purpose, to show it.
     "tiny": TrainConfig(

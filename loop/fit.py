@@ -99,7 +99,7 @@ def read_data(config: TrainConfig, accelerator: Accelerator, method: ModuleType)
             accelerator.process_index,
             accelerator.num_processes,
             method.PREFERENCE,
-            getattr(method, "ANSWERS_ALONE", False),
+            method.ANSWERS_ALONE,
         )
 
 

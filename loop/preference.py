@@ -1,8 +1,9 @@
 """Steps that compare replies: recipes/dpo.py and recipes/kto.py.
 
-Their loss is a function of log-ratios: how much likelier each reply is than before training, in nats. Its derivatives
-by them are weights of the replies' cross-entropies, so a step is one pass without a gradient, one small sum over ranks,
-and one pass as for any other loss. The two replies of a pair may lie in different micro-batches and on different ranks.
+Their loss is a function of log-ratios: how much likelier each reply is than before training, in nats. The derivative by
+a log-ratio is the weight of that reply's cross-entropy. So a step is one pass without a gradient, one small sum over
+ranks, and one pass as for any other loss. The two replies of a pair may lie in different micro-batches and on different
+ranks.
 """
 
 import dataclasses

@@ -128,7 +128,7 @@ class TrainState:
 
 def read_state(checkpoint: Path) -> TrainState:
     state = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-    if before := state.pop("before", []):  # as it was kept until November 2026
+    if before := state.pop("before", []):  # in a checkpoint of an earlier version
         state["first"] = {"forget": before}
     return TrainState(**state)
 

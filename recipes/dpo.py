@@ -1,4 +1,4 @@
-"""DPO: of two replies to one prompt, the good one becomes likelier than the bad one, beside the model before training.
+"""DPO: of two replies to one prompt, the good one becomes likelier than the bad one, compared with before training.
 
 Paper: Rafailov et al. 2023, arXiv:2305.18290. Pairs are corrections, votes, or files with chosen and rejected: see
 docs/feedback.md. --step-set IPO=True: Azar et al. 2023, arXiv:2310.12036, which stops at a margin (of means over the

@@ -1,8 +1,8 @@
 """KTO: replies with a thumb, as they are; no pairs. A good one becomes likelier than before training, a bad one less.
 
 Paper: Ethayarajh et al. 2024, arXiv:2402.01306. How far the whole model has gone from the one before training is
-measured on replies put after other prompts, and is the point from which both are judged. LIKED and DISLIKED are the
-weights of the two: with few dislikes, --step-set DISLIKED=3.0 lets each count for more.
+measured on replies put after other prompts; good and bad replies are compared with that. LIKED and DISLIKED are their
+weights: with few dislikes, --step-set DISLIKED=3.0 lets each count for more.
 ANSWERS_ALONE=True: the answers are judged, without the thinking before them.
 Cost: two forwards more in each step, and one of twice the replies before the first; no second model.
 Expect: python train.py preference --step-file recipes/kto.py --model tiny --dataset sample-feedback

@@ -1,9 +1,11 @@
 """Replies that are compared: read, put together, trained as plain PyTorch would, and measured."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -83,6 +85,30 @@ def test_what_compares_nothing_is_named(case):
         read_rated(columns, kind, "")
 
 
+PARTS = (
+    None, "", 5, 1.5, True, [], {}, "头晕？", "[1]", "{", '[{"role": "user"}]', ["a", "b"], [1], [[]], {"a": 1}, USER,
+    {"role": None}, SAID[0], [USER, SAID[0]], SAID[:1], {"content": "z", "label": True}, [{"label": 1}],
+    [{"content": "z", "label": True}, {"content": "w", "label": False}], "\n\nHuman: a\n\nAssistant: b", "\n\nHuman:",
+)  # fmt: skip
+NAMES = (
+    "prompt", "chosen", "rejected", "messages", "conversations", "label", "replies", "completion", "question", "input",
+    "system", "history", "context", "output", "think", "verdict", "correction", "rejected_response", "form", "rater",
+)  # fmt: skip
+
+
+def test_no_row_whatever_it_holds_is_more_than_a_reason():
+    chance = random.Random(0)
+    for _ in range(20_000):
+        row = {name: chance.choice(PARTS) for name in chance.sample(NAMES, chance.randint(1, 6))}
+        if chance.random() < 0.3:
+            row["verdict"] = chance.choice(["like", "edit", "a", "both_good", "x"])
+        for kind in ("pairs", "thumbs"):
+            rows, _ = take_feedback([("f:1", row), ("f:2", dict(row))], False, kind)
+            for _, columns in rows:
+                with contextlib.suppress(ValueError):
+                    read_rated(columns, kind, "系统")
+
+
 def test_thinking_is_part_of_a_reply_and_earlier_turns_are_of_the_prompt():
     first = [USER, {"role": "assistant", "content": "多久了？"}, {"role": "user", "content": "一周。"}]
     row = {"prompt": first, "chosen": f"<think>\n想。\n</think>\n\n{GOOD}",
@@ -145,17 +171,15 @@ def rows_of(number: int, prompts: int = 99) -> list[Row]:
 
 def test_kto_measures_each_reply_after_a_prompt_that_it_does_not_answer():
     """Wrong elsewhere: a reversed batch, whose middle row is its own; a batch of one, which has no other."""
-    for rows in (rows_of(2), rows_of(5), rows_of(9, prompts=2)):
+    same = [dataclasses.replace(row, replies=row.replies[1:]) for row in rows_of(9)]  # many have one text
+    for rows in (rows_of(2), rows_of(5), rows_of(9, prompts=2), same):
         units = units_of(rows, "thumbs")
-        assert len(units) == 2 * len(rows)
-        answers: dict[str, set[str]] = {}
-        for row in rows:
-            answers.setdefault(row.messages[-2]["content"], set()).update(reply["content"] for reply, _ in row.replies)
-        own = {row.messages[-2]["content"]: row for row in rows}
+        assert len(units) == sum(len(row.replies) for row in rows)
         for (reply, label), (other, measured) in units:
             assert label in (1, -1) and measured == 0 and reply.messages[:-1] == other.messages[:-1]
+            assert reply.messages[-1] != other.messages[-1]
             source = [row for row in rows if other.messages[-1] in [one for one, _ in row.replies]]
-            assert any(row.messages[-2] != other.messages[-2] for row in source) and own
+            assert any(row.messages[-2] != other.messages[-2] for row in source)
     assert all(len(unit) == 1 for unit in units_of(rows_of(3, prompts=1), "thumbs"))  # there is no other prompt
 
 

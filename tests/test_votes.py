@@ -292,6 +292,17 @@ def test_the_loop_is_closed_and_can_be_opened_again(kept, tool, monkeypatch, sma
     assert tool(feedback, kept, "--rater", "张三")[0] != 0
 
 
+def test_votes_of_several_people_are_one_exported_pair(tool, tmp_path):
+    for rater, verdict in (("张三", "a"), ("李四", "b"), ("王五", "a")):
+        append_feedback(tmp_path / "votes.jsonl", vote(verdict, rater))
+    code, said = tool(feedback, tmp_path / "votes.jsonl", "--export", "trl")
+    (pair,) = [json.loads(text) for text in (tmp_path / "votes.trl.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and "3 votes" in said and pair["chosen"][0]["content"] == "甲"
+    assert "exists" in str(tool(feedback, tmp_path / "votes.jsonl", "--export", "trl"))
+    (tmp_path / "votes.jsonl").write_bytes((tmp_path / "votes.jsonl").read_bytes() + "是".encode("gb18030") + b"\n")
+    assert "UTF-8" in str(tool(feedback, tmp_path / "votes.jsonl", "--rater", "张三", "--delete"))
+
+
 def test_exports_carry_the_mark(kept, tool, tmp_path):
     code, _ = tool(feedback, kept, "--export", "trl", "--out", tmp_path / "pairs.jsonl")
     pairs = [json.loads(text) for text in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]

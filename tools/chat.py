@@ -65,11 +65,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
     parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")
     parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
-    parser.add_argument("--web", action="store_true", help='a page on 127.0.0.1; needs pip install -e ".[web]"')
-    parser.add_argument("--port", type=int, default=7860)
     parser.add_argument(
         "--language", choices=("zh", "en"), help="of the page and the terminal; default: that of the run"
     )
+    parser.add_argument("--system", help="system prompt; default: the one that the model was trained with")
+    parser.add_argument("--nothink", action="store_true", help="answer without thinking")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest reply, thinking included")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: generation_config.json")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    add_page_options(parser.add_argument_group("the page"))
+    args = parser.parse_args(arguments)
+    check_page(args, parser)
+    if args.json and args.question is None:
+        parser.error("--json needs --question")
+    if args.question is not None and not args.question.strip():
+        parser.error("--question is empty")
+    if (
+        args.max_new_tokens < 1
+        or (args.temperature or 0) < 0
+        or not 0 < (args.top_p or 1) <= 1
+        or (args.top_k or 0) < 0
+    ):
+        parser.error("--max-new-tokens is at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
+    return args
+
+
+def add_page_options(parser) -> None:
+    parser.add_argument("--web", action="store_true", help='a page on 127.0.0.1; needs pip install -e ".[web]"')
+    parser.add_argument("--port", type=int, default=7860)
     parser.add_argument(
         "--feedback",
         type=Path,
@@ -86,13 +110,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--group-by", default="", metavar="COLUMN", help="of --questions: count votes by it, too")
     parser.add_argument("--host", default="127.0.0.1", help="with --web: 0.0.0.0 lets other machines in")
     parser.add_argument("--password-file", type=Path, metavar="FILE", help="lines NAME:PASSWORD, asked for by the page")
-    parser.add_argument("--system", help="system prompt; default: the one that the model was trained with")
-    parser.add_argument("--nothink", action="store_true", help="answer without thinking")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="longest reply, thinking included")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: generation_config.json")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    args = parser.parse_args(arguments)
+
+
+def check_page(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.feedback and not args.web:
         parser.error("--feedback needs --web")
     if args.feedback and (args.feedback.suffix != ".jsonl" or not args.feedback.absolute().parent.is_dir()):
@@ -105,20 +125,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--versus has votes; --form and --keep-all are for the page of one model")
     if args.host not in ("127.0.0.1", "localhost") and not (args.web and args.password_file):
         parser.error(f"--host {args.host} lets other machines in, so it needs --web and --password-file")
-    if args.json and args.question is None:
-        parser.error("--json needs --question")
-    if args.question is not None and not args.question.strip():
-        parser.error("--question is empty")
     if not 0 < args.port < 65536:
         parser.error("--port is a number from 1 to 65535")
-    if (
-        args.max_new_tokens < 1
-        or (args.temperature or 0) < 0
-        or not 0 < (args.top_p or 1) <= 1
-        or (args.top_k or 0) < 0
-    ):
-        parser.error("--max-new-tokens is at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
-    return args
 
 
 def sampling(args: argparse.Namespace) -> dict:

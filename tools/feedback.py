@@ -26,18 +26,20 @@ from data.base.errors import UserError
 from data.base.files import write_lines
 from data.reading.feedback import (
     FEEDBACK_ID,
+    agreed,
     correction_of,
+    is_cast,
     is_feedback,
     is_vote,
     newest,
     problem_of,
     rated_replies,
 )
-from data.reading.read import read_file
+from data.reading.read import decode, read_file
 from data.template import CLOSE, OPEN
 from loop.record.run_folder import read_run
 from tools.shared.safety import personal
-from tools.shared.votes import is_counted, say_forms, say_votes
+from tools.shared.votes import say_forms, say_votes
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -100,8 +102,9 @@ def main() -> None:
     print(
         f"{len(lines)} replies: " + ", ".join(f"{counts[kind]} {text}" for kind, text in NAMES.items() if counts[kind])
     )
-    for text in [*say_votes([line for line in lines if is_counted(line)]), *say_forms(lines)]:
+    for text in [*say_votes(list(filter(is_cast, lines))), *say_forms(lines)]:
         print(text)
+    lines = [line for _, line in agreed(list(enumerate(lines)))]
     if args.replace:
         replace(args.file, args.replace)
     elif args.export or args.train:
@@ -123,31 +126,28 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rater", metavar="NAME", help="what this person said")
     parser.add_argument("--copy", type=Path, metavar="OUT", help="with --rater: write it to a file")
     parser.add_argument("--delete", action="store_true", help="with --rater: take it out of FILE")
-    parser.add_argument("--runs", type=Path, default=Path("outputs"), help="folder of the runs that may have seen it")
+    parser.add_argument("--runs", type=Path, default=Path("outputs"), help="with --rater: where runs are looked for")
     args = parser.parse_args()
     if (args.go and not args.train) or ((args.copy or args.delete) and args.rater is None):
         parser.error("--go needs --train; --copy and --delete need --rater")
-    for out in (args.replace, args.copy, args.out):
+    if args.export:
+        args.out = args.out or args.file.with_suffix(f".{args.export}.jsonl")
+    for flag, out in (("--replace", args.replace), ("--copy", args.copy), ("--out", args.out)):
         if out and out.exists():
-            raise UserError(f"{out} exists; name another file")
+            raise UserError(f"{out} exists; name another file with {flag}")
     return args
 
 
 def kind_of(line: dict) -> str:
-    if is_vote(line):
-        return "vote" if is_counted(line) else "withdrawn"
-    return "corrected" if correction_of(line) else line["verdict"]
+    return "vote" if is_cast(line) else "corrected" if correction_of(line) else line["verdict"]
 
 
 def export(args: argparse.Namespace, lines: list[dict]) -> None:
-    out = args.out or args.file.with_suffix(f".{args.export}.jsonl")
-    if out.exists():
-        raise UserError(f"{out} exists; name another file with --out")
     found = pairs(lines, args.export)
     if not found:
         raise UserError("no reply has a correction that differs from it, and no vote prefers one, so there is no pair")
-    write_lines(out, to_lines(found))
-    print(f"{len(found)} pairs: {out}")
+    write_lines(args.out, to_lines(found))
+    print(f"{len(found)} pairs: {args.out}")
 
 
 def to_lines(rows: list[dict]):
@@ -196,7 +196,7 @@ def replace(path: Path, out: Path) -> None:
 def of_rater(args: argparse.Namespace) -> None:
     """All lines of one person, replaced ones too."""
     with FileLock(args.file.with_name(f".{args.file.name}.lock")):
-        raw = args.file.read_text(encoding="utf-8").split("\n")
+        raw = decode(args.file.read_bytes(), "utf-8", args.file.name).split("\n")
         rows = list(map(parsed, raw))
         own = [n for n, row in enumerate(rows) if row.get("rater") == args.rater]
         ids = {str(rows[n]["id"]) for n in own if rows[n].get("id")}

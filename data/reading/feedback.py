@@ -59,6 +59,11 @@ def is_vote(row: dict) -> bool:
     return isinstance(row.get("replies"), list)
 
 
+def is_cast(row) -> bool:
+    """Whether a line is a vote that can be understood and was not taken back."""
+    return is_feedback(row) and is_vote(row) and problem_of(row) is None and row["verdict"] in VOTES
+
+
 def problem_of(row: dict) -> str | None:
     """Why a line of feedback cannot be understood, and must neither be trained nor counted."""
     messages, correction = row["messages"], row.get("correction")
@@ -131,7 +136,7 @@ def rated_replies(line: dict, kind: str) -> list[tuple[dict, bool]]:
     if correction and reply.get("reasoning_content"):
         correction = {"reasoning_content": reply["reasoning_content"]} | correction
     if correction and all(correction.get(k, "") == reply.get(k, "") for k in ("content", "reasoning_content")):
-        correction = None
+        correction = None  # it says what the reply says
     if kind == "pairs":
         return [(correction, True), (reply, False)] if correction else []
     # A thumb that is taken back leaves a correction, which says that the reply is not good.
@@ -184,37 +189,37 @@ def what_is_trained(line: dict, train_liked: bool, preference: str) -> tuple[dic
         nothing = verdict if verdict in ("edit", "shown", "withdrawn") else "no pair"
         return ({"prompt": prompt, "replies": replies, **about}, preference) if replies else (None, nothing)
     dialogue = trained_dialogue(line, train_liked)
-    kind = "corrected" if not is_vote(line) and correction_of(line) else verdict
-    if dialogue is None and is_vote(line) and verdict != "withdrawn":
-        kind = "vote"
+    kind = "vote" if is_cast(line) else "corrected" if not is_vote(line) and correction_of(line) else verdict
     return ({"messages": dialogue, **about} if dialogue else None), kind
 
 
-def agreed(lines: list) -> tuple[list, int]:
-    """(lines, in which the votes of several people on the same replies are one; how many are gone). The reply that more
-    say good of than of the other wins; if it is the same of both, both are what most say, or nothing."""
-    found: dict[tuple, list] = {}
+def agreed(lines: list) -> list:
+    """The lines, in which several votes on the same replies are one: what most say. lines: (location, row)."""
+    found: dict[str, list] = {}
     for location, row in lines:
-        is_one = is_feedback(row) and problem_of(row) is None and is_vote(row) and row["verdict"] in VOTES
-        said = (row["messages"], [reply["content"] for reply in row["replies"]]) if is_one else location
-        found.setdefault((json.dumps(said),), []).append((location, row))
+        said = (row["messages"], [reply["content"] for reply in row["replies"]]) if is_cast(row) else location
+        found.setdefault(json.dumps(said), []).append((location, row))
     kept = []
     for (location, row), *others in found.values():
-        if others:
-            votes = [VOTES[one["verdict"]] for _, one in others] + [VOTES[row["verdict"]]]
-            for_a, for_b = (sum(1 if vote[side] else -1 for vote in votes) for side in (0, 1))
-            names = {pair: name for name, pair in VOTES.items()}
-            pair = (True, False) if for_a > for_b else (False, True) if for_b > for_a else (for_a > 0, for_b > 0)
-            row = {**row, "verdict": names[pair] if pair[0] is not pair[1] or for_a else "withdrawn"}
-        kept.append((location, row))
-    return kept, len(lines) - len(kept)
+        verdict = {"verdict": most_say([row, *(other for _, other in others)])} if others else {}
+        kept.append((location, row | verdict))
+    return kept
+
+
+def most_say(votes: list[dict]) -> str:
+    """The verdict of most: a reply wins if more say that it is good, fewer that it is bad."""
+    for_a, for_b = (sum(1 if VOTES[vote["verdict"]][side] else -1 for vote in votes) for side in (0, 1))
+    if for_a != for_b:
+        return "a" if for_a > for_b else "b"
+    return "both_good" if for_a > 0 else "both_bad" if for_a < 0 else "withdrawn"
 
 
 def take_feedback(read: list, train_liked: bool, preference: str = "") -> tuple[list, Feedback]:
     """(rows with what is trained in the place of lines of feedback, what became of the lines): dialogues, or if the
     method compares replies prompts with their replies. A line that cannot be understood becomes its reason."""
     rows, said = [], Feedback({}, Counter(), 0)
-    lines, more = agreed(newest(read)) if preference else (newest(read), 0)
+    last = newest(read)
+    lines = agreed(last) if preference else last
     for location, row in lines:
         if is_feedback(row):
             if problem := problem_of(row):
@@ -226,4 +231,4 @@ def take_feedback(read: list, train_liked: bool, preference: str = "") -> tuple[
                 continue
             said.trained[location] = kind
         rows.append((location, row))
-    return rows, said._replace(replaced=len(read) - len(lines) - more, together=more)
+    return rows, said._replace(replaced=len(read) - len(last), together=len(last) - len(lines))

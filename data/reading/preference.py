@@ -27,7 +27,7 @@ Rated = list[tuple[dict, bool]]  # assistant messages, each with whether it is g
 
 
 def read_rated(columns, kind: str, system_prompt: str = "", given: Given = ()) -> tuple[Dialogue, Rated]:
-    """(prompt and first reply, all replies to it) of a row; of a pair the good one is the first. kind: of KINDS.
+    """(prompt and first reply, all replies to it) of a row; of a pair the good one is the first. kind: one of KINDS.
 
     Thinking is part of a reply. Raises ValueError with the reason if the row compares nothing; Ambiguous if --columns
     must decide.
@@ -39,8 +39,9 @@ def read_rated(columns, kind: str, system_prompt: str = "", given: Given = ()) -
     row = Columns(columns, given)
     chosen, rejected, label = (row.take(name) for name in ("chosen", "rejected", "label"))
     rest = {name: value for name, value in columns.items() if row.used.get(name) not in ("chosen", "rejected")}
-    if isinstance(columns.get("replies"), list):
-        sides = [(side_of(columns, reply), truth(reply.get("label"))) for reply in columns["replies"]]
+    replies = columns.get("replies")
+    if isinstance(replies, list) and replies and all(isinstance(reply, dict) for reply in replies):
+        sides = [(side_of(columns, reply), truth(reply.get("label"))) for reply in replies]
     elif chosen is not None and rejected is not None:
         answers = {name for role in ("answer", "think") for names in row.candidates[role] for name in names}
         rest = {name: value for name, value in rest.items() if name not in answers}
@@ -59,6 +60,7 @@ def read_rated(columns, kind: str, system_prompt: str = "", given: Given = ()) -
 
 
 def put_together(row: Columns, sides: list[tuple[dict, bool]], kind: str, system_prompt: str, given: Given):
+    """What `read_rated` returns. sides: the columns of a row for each reply, and whether it is good."""
     read = []
     for columns, is_good in sides:
         try:
@@ -119,7 +121,9 @@ def side_of(rest: dict, reply) -> dict:
     dialogue = next((name for name in rest if normal(name) in set().union(*COLUMNS["dialogue"])), None)
     if dialogue is None or is_blank(rest[dialogue]):
         return {**rest, "answer": said}
-    before = from_text(rest[dialogue], dialogue) if isinstance(rest[dialogue], str) else list(rest[dialogue])
+    before = from_text(rest[dialogue], dialogue) if isinstance(rest[dialogue], str) else rest[dialogue]
+    if not isinstance(before, list):
+        raise ValueError(f"`{dialogue}` is not a list of messages but {type(before).__name__}")
     is_answered = before and isinstance(before[-1], dict) and role_of(before[-1]) == "assistant"
     return {**rest, dialogue: [*(before[:-1] if is_answered else before), *said]}
 

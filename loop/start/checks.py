@@ -13,7 +13,7 @@ PLAIN = (type(None), bool, int, float, complex, str)
 SKIPPED = ("params", "lr", "initial_lr")  # of a group: checkpoints hold the first, the loop sets the others
 
 
-FASTEST = 1e-4  # peak rate of a step that compares replies; the usual ones are from 5e-7 to 5e-6
+FASTEST = 1e-4  # peak rate of a step that compares replies; 5e-7 to 1e-6 is usual
 
 
 def check_preference(config, method: ModuleType) -> None:

@@ -17,6 +17,7 @@ from types import ModuleType
 import loop
 from data.base.console import say, warn
 from data.base.errors import UserError, one_line
+from data.reading.preference import KINDS
 
 DEFAULT = Path(__file__).parent.parent / "step.py"
 ROOT = DEFAULT.parent.parent
@@ -46,7 +47,7 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     if file.suffix != ".py":
         raise UserError(f"--step-file {path}: a step file ends in .py")
     if file.resolve() == DEFAULT:
-        return with_reference(run_file("step_file", file, path, settings), path)
+        return with_defaults(run_file("step_file", file, path, settings), path)
     base = run_file("loop.step", DEFAULT, "loop/step.py", ())
     # Their originals: a step file that wraps one of them must not call itself.
     originals = ModuleType("loop.step")
@@ -66,13 +67,14 @@ def load_step_file(path: str, settings: Iterable[str] = ()) -> ModuleType:
     vars(base).update(changed)
     for name in FUNCTIONS:
         setattr(method, name, getattr(base, name))
-    return with_reference(method, path)
+    return with_defaults(method, path)
 
 
-def with_reference(method: ModuleType, path: str) -> ModuleType:
-    """The method, whose REFERENCE is "", "logits" or "losses"; see loop/reference.py. If it compares replies, its
-    PREFERENCE is "pairs" or "thumbs"; see data/compared.py."""
-    for name, known in (("REFERENCE", ("logits", "losses")), ("PREFERENCE", ("pairs", "thumbs"))):
+def with_defaults(method: ModuleType, path: str) -> ModuleType:
+    """The method with what it asks for: REFERENCE, "logits" or "losses", see loop/reference.py; PREFERENCE, "pairs" or
+    "thumbs", if it compares replies, and ANSWERS_ALONE, see data/compared.py."""
+    method.ANSWERS_ALONE = bool(getattr(method, "ANSWERS_ALONE", False))
+    for name, known in (("REFERENCE", ("logits", "losses")), ("PREFERENCE", KINDS)):
         setattr(method, name, getattr(method, name, ""))
         if getattr(method, name) not in ("", *known):
             choices = " or ".join(f'"{one}"' for one in known)

@@ -22,7 +22,7 @@ class Page(NamedTuple):
     feedback: Path | None = None
     sha256: str = ""  # of the weights
     form: dict = MappingProxyType({})  # item -> what is asked of each reply
-    rater: str = ""  # who gives feedback, unless the page is told
+    rater: str = ""  # who gives feedback, if nobody has logged in and the field is empty
     keep_all: bool = False  # replies without a verdict, too
     host: str = "127.0.0.1"
     passwords: tuple = ()  # (name, password) pairs
@@ -105,12 +105,12 @@ class Panel:
         self.replies.rate(name, verdict, rater)
         return self.fill(name, rater), verdict
 
-    def open(self, history: list[dict], name: str | None) -> tuple | None:
+    def open(self, history: list[dict], name: str | None, rater: str = "") -> tuple | None:
         """The last reply of the dialogue; None if the panel holds one already, which may be in the writing."""
         names = [id_from(history, index) for index in range(len(history))]
         if name in names and self.replies.find(name):
             return None
-        return self.fill(next((name for name in reversed(names) if self.replies.find(name)), None))
+        return self.fill(next((name for name in reversed(names) if self.replies.find(name)), None), rater)
 
     def save(
         self, history: list[dict], name: str | None, answer: str, thought: str, reason: str, *form, rater: str = ""

@@ -4,22 +4,21 @@ The side of each is drawn for each question, and both reply with the same settin
 once, so that several people vote on the same replies.
 """
 
-import html
 import json
 import random
 import threading
 import uuid
 from typing import NamedTuple
 
-from data.base.errors import UserError
-from data.reading.feedback import VOTES, append_feedback, generated_by, is_feedback, is_vote, newest, problem_of
+from data.reading.feedback import VOTES, append_feedback, generated_by, is_cast, newest
 from data.reading.read import read_file
 from model.generate import ReplyError, ReplyStream
 from tools.page.replies import Page, stamp
 from tools.page.show import bubbles, plain_chatbot
-from tools.page.web import head, rater_field, who
+from tools.page.web import head, rater_field, told, who
 
 VERDICTS = tuple(VOTES)
+CHOICES = ("left", "right", "both_good", "both_bad")
 
 
 class Model(NamedTuple):
@@ -56,12 +55,10 @@ class Versus:
         return {"thinking": self.page.thinking, **self.page.settings}
 
     def earlier(self) -> list[dict]:
+        """The votes in the file, of each rater on the same replies the last."""
         path = self.page.feedback
-        if not path.exists():
-            return []
-        lines = [(place, row) for place, row in read_file(path, path.name, "", []) if is_feedback(row)]
-        lines = [(place, row) for place, row in lines if is_vote(row) and problem_of(row) is None]
-        return [row for _, row in newest(lines) if row["verdict"] in VOTES]
+        lines = newest([*read_file(path, path.name, "", [])]) if path.exists() else []
+        return [row for _, row in lines if is_cast(row)]
 
     def next_for(self, rater: str) -> tuple[Question | None, int]:
         """(the first question of the list that the rater has not voted on, how many there were before)."""
@@ -69,18 +66,23 @@ class Versus:
         return (self.questions[done.index(False)] if False in done else None), sum(done)
 
     def begin(self, question: Question) -> dict:
-        """What a session knows of one comparison."""
-        order = [0, 1]
-        random.SystemRandom().shuffle(order)
-        kept = self.replies.get(question.text) if question in self.questions else None
-        return {"question": question, "order": order, "kept": kept, "replies": [None, None]}
+        """What a session knows of one comparison. order: which model stands left, and which right."""
+        order = random.SystemRandom().sample([0, 1], 2)
+        return {"question": question, "order": order, "kept": self.kept(question), "replies": [None, None]}
+
+    def kept(self, question: Question) -> list[dict] | None:
+        """The replies to a question of the list, if there are some."""
+        return self.replies.get(question.text) if question in self.questions else None
+
+    def keep(self, question: Question, replies: list[dict]) -> None:
+        if question in self.questions:
+            self.replies.setdefault(question.text, replies)
 
     def stream(self, gradio, now: dict, side: int):
         """The bubbles of the reply on one side, 0 or 1, as it comes."""
         number, text = now["order"][side], self.page.text
         model = self.models[number]
-        dialogue = [{"role": "system", "content": model.system}] if model.system else []
-        dialogue += [{"role": "user", "content": now["question"].text}]
+        dialogue = dialogue_of(model.system, now["question"])
         known = {"messages": dialogue, "think": "", "answer": ""}
         if now["kept"]:
             reply = now["kept"][number]
@@ -103,8 +105,7 @@ class Versus:
             raise LookupError
         left = now["order"][0]
         verdict = {"left": VERDICTS[left], "right": VERDICTS[1 - left]}.get(choice, choice)
-        systems = {model.system for model in self.models}
-        dialogue = [{"role": "system", "content": system} for system in systems if system and len(systems) == 1]
+        a, b = self.models
         # Of one rater on the same replies there is one vote, the last.
         key = json.dumps([rater, now["question"].text, now["replies"]], ensure_ascii=False)
         name = uuid.uuid5(uuid.NAMESPACE_URL, key).hex[:16]
@@ -113,7 +114,7 @@ class Versus:
             **stamp(rater, session),
             "settings": self.settings,
             "AIGC": generated_by(" / ".join(model.name for model in self.models), name),
-            "messages": [*dialogue, {"role": "user", "content": now["question"].text}],
+            "messages": dialogue_of(a.system if a.system == b.system else "", now["question"]),
             "replies": now["replies"],
             "left": VERDICTS[left],
             "verdict": verdict,
@@ -121,13 +122,17 @@ class Versus:
         line |= {"group": now["question"].group} if now["question"].group else {}
         line |= {"reason": reason.strip()} if reason.strip() else {}
         append_feedback(self.page.feedback, line)
-        self.voted.add((line["rater"], now["question"].text))
-        if now["question"] in self.questions:
-            self.replies.setdefault(now["question"].text, now["replies"])
+        self.voted.add((rater, now["question"].text))
+        self.keep(now["question"], now["replies"])
 
     def names(self, now: dict) -> str:
         left, right = (self.models[number].name for number in now["order"])
         return self.page.text["names"].format(left, right)
+
+
+def dialogue_of(system: str, question: Question) -> list[dict]:
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": question.text}]
 
 
 def build(gradio, versus: Versus):
@@ -143,63 +148,58 @@ def build(gradio, versus: Versus):
                      for name in ("left", "right")]  # fmt: skip
         reason = gradio.Textbox(label=text["reason"])
         with gradio.Row():
-            votes = {name: gradio.Button(text[f"vote_{name}"], interactive=False, min_width=120)
-                     for name in ("left", "right", "both_good", "both_bad")}  # fmt: skip
+            votes = {name: gradio.Button(text[f"vote_{name}"], interactive=False, min_width=120) for name in CHOICES}
         result = gradio.Textbox(show_label=False, interactive=False, container=False)
-    buttons = list(votes.values())
+        outputs, private = [*votes.values()], {"api_visibility": "private", "show_progress": "hidden"}
+        for event in (start.click, *([] if has_list else [asked.submit])):
+            event(asking(gradio, versus), [asked, rater], [now, asked, *sides, result, start, *outputs], **private)
+        for name, button in votes.items():
+            button.click(voting(gradio, versus, name), [now, reason, rater], [now, reason, result, *outputs], **private)
+    return blocks
 
-    def ready(is_ready: bool) -> list:
-        return [gradio.Button(interactive=is_ready)] * len(buttons)
+
+def asking(gradio, versus: Versus):
+    """What the button that asks does: both replies come, one after the other."""
+    page, text = versus.page, versus.page.text
 
     def ask(request: gradio.Request, typed: str, field: str):
         by, _ = who(request, field, page)
-        if has_list and not by:
+        if versus.questions and not by:
             raise gradio.Error(text["no_rater"], title=text["error"], print_exception=False)
-        question, done = versus.next_for(by) if has_list else (Question(typed.strip()), 0)
+        question, done = versus.next_for(by) if versus.questions else (Question(typed.strip()), 0)
         if question is None or not question.text:
-            message = text["all_done"].format(done) if has_list else text["ask"]
-            yield None, typed, [], [], message, gradio.Button(interactive=True), *ready(False)
+            yield None, typed, [], [], text["all_done"].format(done) if versus.questions else text["ask"], *ready(True)
             return
-        begun = versus.begin(question)
-        progress = text["progress"].format(done + 1, len(versus.questions)) if has_list else ""
-        shown, user = [[], []], {"role": "user", "content": question.text}
-        wait = begun, question.text, *shown, progress, gradio.Button(interactive=False), *ready(False)
-        yield wait
+        begun, shown = versus.begin(question), [[], []]
+        progress = text["progress"].format(done + 1, len(versus.questions)) if versus.questions else ""
+        yield begun, question.text, *shown, progress, *ready(False)
         try:
             with versus.lock:
-                if question in versus.questions and not begun["kept"]:  # another session may have been first
-                    begun["kept"] = versus.replies.get(question.text)
+                begun["kept"] = versus.kept(question)
                 for side in (0, 1):
                     for part in versus.stream(gradio, begun, side):
-                        shown[side] = [user, *part]
-                        yield begun, question.text, *shown, progress, gradio.Button(interactive=False), *ready(False)
-                if question in versus.questions:
-                    versus.replies.setdefault(question.text, begun["replies"])
+                        shown[side] = [{"role": "user", "content": question.text}, *part]
+                        yield begun, question.text, *shown, progress, *ready(False)
+                versus.keep(question, begun["replies"])
         except ReplyError as error:
-            message = f"{text[error.kind]} ({error})"
             versus.refused.add(question.text)
-            yield None, question.text, *shown, message, gradio.Button(interactive=True), *ready(False)
+            yield None, question.text, *shown, f"{text[error.kind]} ({error})", *ready(True)
             return
-        yield begun, question.text, *shown, progress, gradio.Button(interactive=True), *ready(True)
+        yield begun, question.text, *shown, progress, *ready(True, True)
 
-    def voting(choice: str):
-        def vote(request: gradio.Request, begun: dict | None, why: str, field: str):
-            try:
-                versus.vote(begun, choice, why, *who(request, field, page))
-            except LookupError:
-                raise gradio.Error(text["no_vote"], title=text["error"], print_exception=False) from None
-            except (OSError, UserError) as error:
-                raise gradio.Error(html.escape(str(error)), title=text["error"], print_exception=False) from None
-            names = "" if page.names_hidden else versus.names(begun)
-            return None, "", f"{text['saved']} {names}", *ready(False)
+    def ready(can_ask: bool, can_vote: bool = False) -> list:
+        return [gradio.Button(interactive=can_ask), *[gradio.Button(interactive=can_vote)] * len(CHOICES)]
 
-        return vote
+    return ask
 
-    private = {"api_visibility": "private", "show_progress": "hidden"}
-    with blocks:
-        outputs = [now, asked, *sides, result, start, *buttons]
-        for event in (start.click, *([] if has_list else [asked.submit])):
-            event(ask, [asked, rater], outputs, **private)
-        for name, button in votes.items():
-            button.click(voting(name), [now, reason, rater], [now, reason, result, *buttons], **private)
-    return blocks
+
+def voting(gradio, versus: Versus, choice: str):
+    """What the button of a choice does."""
+    page, text = versus.page, versus.page.text
+
+    def vote(request: gradio.Request, begun: dict | None, why: str, field: str):
+        told(gradio, text, lambda: versus.vote(begun, choice, why, *who(request, field, page)), "no_vote")
+        names = "" if page.names_hidden else versus.names(begun)
+        return None, "", f"{text['saved']} {names}", *[gradio.Button(interactive=False)] * len(CHOICES)
+
+    return vote

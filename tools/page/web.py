@@ -21,8 +21,6 @@ LOCAL = "127.0.0.1"
 
 def import_gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOCAL, "localhost", "0.0.0.0"]))
     try:
         import gradio
     except ImportError as error:
@@ -33,6 +31,8 @@ def import_gradio():
 def serve(gradio, blocks, page: Page) -> None:
     """Until Ctrl+C: no share link, no analytics, no files but the feedback; for this machine alone unless --host says
     otherwise, and then with passwords."""
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOCAL, "localhost", page.host]))
     # Fonts of the system: the theme's own would come from the network.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
@@ -48,7 +48,9 @@ def serve(gradio, blocks, page: Page) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise SystemExit(f"tools.chat: port {page.port} cannot be used ({error}); choose another with --port") from None
+        raise SystemExit(
+            f"tools.chat: port {page.port} of {page.host} cannot be used ({error}); choose another with --port"
+        ) from None
     more = f"  (from another machine: ssh -L {page.port}:{LOCAL}:{page.port} HOST)" if page.host == LOCAL else ""
     print(f"http://{page.host}:{page.port}{more}")
     try:
@@ -73,6 +75,19 @@ def who(request, field: str, page: Page) -> tuple[str, str]:
     """(rater, session)"""
     rater = getattr(request, "username", None) or (field or "").strip() or page.rater
     return rater, getattr(request, "session_hash", None) or ""
+
+
+def told(gradio, text: dict, act, missing: str):
+    """What act() returns, or its error as a message. missing: the text for a LookupError."""
+    try:
+        return act()
+    except LookupError:
+        message = text[missing]
+    except ValueError:
+        message = text["empty"]
+    except (OSError, UserError) as error:
+        message = html.escape(str(error))
+    raise gradio.Error(message, title=text["error"], print_exception=False)
 
 
 def build(gradio, causal_lm, tokenizer, page: Page):
@@ -166,30 +181,23 @@ def add_feedback(gradio, chatbot, question, rater, panel: Panel, page: Page) -> 
         save = gradio.Button(text["save_all"] if items else text["save"], variant="primary")
     fields = [chosen, asked, answer, thought, reason, *items]
 
-    def told(act):
-        """What act() returns, or its error as a message."""
-        try:
-            done = act()
-        except LookupError:
-            raise gradio.Error(text["unknown"], title=text["error"], print_exception=False) from None
-        except ValueError:
-            raise gradio.Error(text["empty"], title=text["error"], print_exception=False) from None
-        except (OSError, UserError) as error:
-            raise gradio.Error(html.escape(str(error)), title=text["error"], print_exception=False) from None
+    def done(act):
+        found = told(gradio, text, act, "unknown")
         gradio.Info(text["saved"], title=text["info"])
-        return done
+        return found
 
     def rated(history: list[dict], field: str, event: gradio.LikeData, request: gradio.Request):
         by, _ = who(request, field, page)
-        held, verdict = told(lambda: panel.rate(history, event.index, event.liked, by))
+        held, verdict = done(lambda: panel.rate(history, event.index, event.liked, by))
         return (*held, gradio.Accordion(open=verdict == "dislike" or bool(items)))
 
-    def opened(history: list[dict], name: str | None):
-        return panel.open(history, name) or tuple(gradio.skip() for _ in fields)
+    def opened(history: list[dict], field: str, name: str | None, request: gradio.Request):
+        by, _ = who(request, field, page)
+        return panel.open(history, name, by) or tuple(gradio.skip() for _ in fields)
 
     def saved(request: gradio.Request, history, field: str, name: str | None, answer: str, thought, reason, *form):
         by, _ = who(request, field, page)
-        held = told(lambda: panel.save(history, name, answer, thought, reason, *form, rater=by))
+        held = done(lambda: panel.save(history, name, answer, thought, reason, *form, rater=by))
         return (*held, gradio.Accordion(open=False))
 
     def emptied():
@@ -197,7 +205,7 @@ def add_feedback(gradio, chatbot, question, rater, panel: Panel, page: Page) -> 
 
     private = {"api_visibility": "private", "show_progress": "hidden"}
     chatbot.like(rated, [chatbot, rater], [*fields, box], **private)
-    box.expand(opened, [chatbot, chosen], fields, **private)
+    box.expand(opened, [chatbot, rater, chosen], fields, **private)
     save.click(saved, [chatbot, rater, chosen, answer, thought, reason, *items], [*fields, box], **private)
     for event in (question.submit, chatbot.clear, chatbot.undo, chatbot.retry, chatbot.edit, chatbot.example_select):
         event(emptied, None, [*fields, box], **private)

@@ -1,5 +1,5 @@
 """What a page must not pass over: an emergency in a question, a drug or a dose in a reply, and what tells who somebody
-is. They point out, they do not judge; docs/feedback.md says how often they are wrong.
+is. These rules draw attention, they do not decide; docs/feedback.md says how often they are wrong.
 
 Words are in safety.yaml, which a team can change. An emergency of some length is told by a logistic regression over the
 question's runs of 1 to 4 characters, which benchmarks/make_safety.py makes; a short one, which has few, by the words.
@@ -17,7 +17,7 @@ import numpy
 import yaml
 
 FILE = Path(__file__).with_name("safety.npz")
-WEIGHTS = dict(numpy.load(FILE)) if FILE.exists() else {}
+WEIGHTS = dict(numpy.load(FILE))
 SIZE = 2**15
 SHORT = 48  # bytes: 16 Chinese characters
 SURE = 0.25  # what the regression must give
@@ -31,13 +31,17 @@ CLAUSE = re.compile(r"[，。；！？、,.;!?\n]+")
 
 @functools.cache
 def rules() -> dict:
-    found = yaml.safe_load(Path(__file__).with_name("safety.yaml").read_text(encoding="utf-8"))
+    """Kind -> name -> pattern. `<NAME>` and the like in a pattern stand for what `parts` says."""
+    text = Path(__file__).with_name("safety.yaml").read_text(encoding="utf-8")
+    for name, part in yaml.safe_load(text)["parts"].items():
+        text = text.replace(f"<{name}>", part)
+    found = {kind: one for kind, one in yaml.safe_load(text).items() if kind != "parts"}
     return {kind: {name: re.compile("|".join(one) if isinstance(one, list) else one, re.IGNORECASE)
                    for name, one in parts.items()} for kind, parts in found.items()}  # fmt: skip
 
 
 def features(text: str) -> dict[int, float]:
-    """Runs of 1 to 4 characters, hashed: 1 + log(number) of each, of length 1 together."""
+    """Place -> value of a text's runs of 1 to 4 characters, hashed: 1 + log(number), divided by the norm of all."""
     plain = re.sub(r"\d+", "0", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
     plain = f"^{plain}$"
     runs = (plain[at : at + length] for length in range(1, 5) for at in range(len(plain) - length + 1))

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from scipy.stats import binomtest
 
-from data.reading.feedback import VOTES
-
 
 def rate(part: int, whole: int) -> str:
     """A share with its interval, Wilson's."""
@@ -18,8 +16,7 @@ def rate(part: int, whole: int) -> str:
 
 
 def say_votes(lines: list[dict]) -> list[str]:
-    """lines: votes that were not taken back. Several comparisons in a file are told apart by the names of their
-    models."""
+    """lines: votes (`is_cast`). Comparisons of other models, by their names and weights, are counted apart."""
     said, by_models = [], {}
     for line in lines:
         models = tuple((str(reply.get("model") or "-"), reply.get("model_sha256")) for reply in line["replies"])
@@ -89,14 +86,10 @@ def kappa(pairs: list[tuple]) -> float:
 
 def say_forms(lines: list[dict]) -> list[str]:
     """Of each item the share of yes among yes and no."""
-    items = list(dict.fromkeys(item for line in lines for item in line.get("form") or {}))
-    said = [f"{sum(bool(line.get('form')) for line in lines)} forms"] if items else []
-    for item in items:
-        counts = Counter((line.get("form") or {}).get(item) for line in lines)
+    forms = [line["form"] for line in lines if isinstance(line.get("form"), dict) and line["form"]]
+    said = [f"{len(forms)} forms"] if forms else []
+    for item in dict.fromkeys(item for form in forms for item in form):
+        counts = Counter(str(form.get(item)) for form in forms)
         whole = counts["yes"] + counts["no"]
         said.append(f"  {item}: {rate(counts['yes'], whole)}; cannot say {counts['cannot_say']}")
     return said
-
-
-def is_counted(line: dict) -> bool:
-    return "replies" in line and line["verdict"] in VOTES
