@@ -21,6 +21,7 @@ from loop.reference import add_reference
 from loop.run import Run
 from loop.start.checks import check_preference
 from loop.start.memory import Plan
+from loop.start.probe import check_rows_are_apart
 from loop.start.resolve import resolve
 from loop.start.step_file import finite, load_step_file
 from model.lora import add_lora
@@ -50,6 +51,7 @@ def fit(config: TrainConfig) -> bool:
 
     model = build_model(config, data.tokenizer, accelerator)
     model, optimizers = prepare(accelerator, model, method.make_optimizers(model, config))
+    check_rows_are_apart(model, accelerator)
     add_reference(method.REFERENCE, model, data.train, config, accelerator, is_new=run.checkpoint is None)
     if run.checkpoint:
         load_checkpoint(run.checkpoint, accelerator, model, optimizers if run.has_same_optimizers else [])

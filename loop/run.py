@@ -18,6 +18,7 @@ from data.base.language import tr
 from data.dataset import Data
 from data.encode import digest
 from data.split import split_files
+from data.template import generation_prompt
 from loop.config import Resolved
 from loop.distributed import gather, on_main_process
 from loop.evaluate import WEIGHTED, Evaluation
@@ -198,7 +199,7 @@ class Run:
         figures = {"num_train": self.data.train.num_units, "num_val": len(self.data.val), "step": self.state.step}
         figures = {name.removeprefix("eval/"): value for name, value in row.items()} | figures | {"deciding_loss": loss}
         settings = figures | self.info, self.config.language, causal_lm.generation_config
-        texts = card(*settings, tokenizer.chat_template)
+        texts = card(*settings, generation_prompt([{"role": "user", "content": ""}], tokenizer))
         together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
 
     def stepped(self, metrics: StepMetrics, batch, optimizers: list) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from data.base.console import visible
 from data.base.files import write_json
 from data.reading.source import public_name
+from data.template import opens_block
 from model.lora import NAME, merged, save_adapter
 from model.qwen3 import generation_config
 
@@ -78,7 +79,8 @@ def export(
     weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in items}
     if causal_lm.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    causal_lm.save_pretrained(temporary, state_dict=weights)
+    # Not under the names that a checkpoint with pictures has for its part for text.
+    causal_lm.save_pretrained(temporary, state_dict=weights, save_original_format=False)
     config = copy.deepcopy(causal_lm.config)
     config.dtype = torch.bfloat16
     config.save_pretrained(temporary)
@@ -142,9 +144,9 @@ def header_of(folder: Path) -> dict:
         return {}
 
 
-def card(run: dict, language: str, sampling: GenerationConfig, template: str = "<|im_start|>") -> dict[str, str]:
+def card(run: dict, language: str, sampling: GenerationConfig, prompt: str = "<|im_start|>") -> dict[str, str]:
     """README.md, the model card, and a Modelfile for Ollama if the chat template is Qwen3's form. run: its settings and
-    figures.
+    figures; prompt: what the template makes of a question.
 
     The card's header keeps the system prompt that the model was trained with, for everyone who talks to it.
     """
@@ -164,7 +166,7 @@ def card(run: dict, language: str, sampling: GenerationConfig, template: str = "
         "dataset": ", ".join(map(public_name, run["dataset"])),
     }
     run |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
-    run["is_chatml"] = "<|im_start|>" in template
+    run |= {"is_chatml": "<|im_start|>" in prompt, "opens_block": opens_block(prompt)}
     text = TEMPLATES.get_template(f"card.{language}.md").render(run)
     files = {"README.md": f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False)}---\n\n{text}"}
     if run["is_chatml"]:

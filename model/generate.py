@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from data.base.errors import UserError, one_line
 from data.encode import control_tokens
 from data.template import generation_prompt, has_block, opens_block
-from model.qwen3 import find_model
+from model.qwen3 import TINY, find_model
 
 # Replies made at one time: 16 of Qwen3-1.7B with 2,048 tokens each keep 3.5 GiB of keys and values.
 BATCH = 16
@@ -76,7 +76,7 @@ def load_for_generation(model: str | Path, device: torch.device):
 
 def chat_tokenizer(model: str | Path):
     """A model's own tokenizer, without tokens that it would be trained with. Raises UserError if it cannot chat."""
-    if str(model) == "tiny":
+    if str(model) in TINY:
         raise UserError("`tiny` is made when it is trained: train it, and name its outputs/tiny/best")
     folder = find_model(str(model))
     try:

@@ -19,7 +19,7 @@ class SFTModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.reference: tuple[Reference, ...] = ()  # a tuple, so that it is no part of this module and its weights
-        self._no_split_modules = causal_lm._no_split_modules  # what FSDP2 shards: the decoder's layer
+        self._no_split_modules = [type(causal_lm.model.layers[0]).__name__]  # what FSDP2 shards
         self.loss_chunk, self.compiled = loss_chunk, compiled
 
     def forward(

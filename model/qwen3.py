@@ -11,6 +11,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -22,9 +23,10 @@ from model.attention import PACKED
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ENDS = ["<|im_end|>", "<|endoftext|>"]  # of a reply in ChatML; other templates end it with the tokenizer's own
 THINK_TOKENS = ["<think>", "</think>"]
-# Dense decoders whose layers take packed rows: Qwen3; Qwen2.5 and DeepSeek-R1-Distill-Qwen; llama is the small
-# pretrained model that the tests train.
-ARCHITECTURES = ("qwen3", "qwen2", "llama")
+# Dense decoders whose layers take packed rows: Qwen3; Qwen2.5 and DeepSeek-R1-Distill-Qwen; the text part of Qwen3.5;
+# llama is the small pretrained model that the tests train.
+ARCHITECTURES = ("qwen3", "qwen2", "qwen3_5_text", "llama")
+TINY = ("tiny", "tiny-qwen3.5")  # embedded, with random weights
 
 # Text messages come out as Qwen3's own template renders them: the thinking of turns before the last
 # question is left out, and a last reply without thinking gets an empty block.
@@ -50,6 +52,16 @@ CHATML_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """
+# As that of Qwen3.5, whose prompt opens the block of thinking.
+OPENING_TEMPLATE = (
+    CHATML_TEMPLATE.removesuffix("    {%- endif %}\n{%- endif %}\n")
+    + """\
+    {%- else %}
+        {{- '<think>\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+)
 
 
 def find_model(model: str, weights: bool = True) -> Path:
@@ -69,9 +81,9 @@ def find_model(model: str, weights: bool = True) -> Path:
 
 
 def load_tokenizer(model: str, tiny_texts: Iterable[str] = (), weights: bool = True):
-    """The tokenizer of a model; for `tiny` one made from tiny_texts. Nothing of the folder is executed."""
-    if model == "tiny":
-        return tiny_tokenizer(tiny_texts)
+    """The tokenizer of a model; for a tiny one it is made from tiny_texts. Nothing of the folder is executed."""
+    if model in TINY:
+        return tiny_tokenizer(tiny_texts, CHATML_TEMPLATE if model == "tiny" else OPENING_TEMPLATE)
     folder = find_model(model, weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -100,21 +112,39 @@ def with_thinking(tokenizer, model: str):
 
 
 def model_config(model: str, tokenizer, weights: bool = True):
-    if model == "tiny":
-        return tiny_config(tokenizer)
+    if model in TINY:
+        config = tiny_config(tokenizer) if model == "tiny" else tiny_qwen3_5_config(tokenizer)
+    else:
+        config = config_of_folder(model, weights)
+    if is_recurrent(config):
+        from model.recurrent import replace_recurrent_layers  # its import takes 0.3 s
+
+        replace_recurrent_layers()
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    return config
+
+
+def config_of_folder(model: str, weights: bool):
+    """Of a model with pictures the part for text."""
     try:
         config = AutoConfig.from_pretrained(find_model(model, weights), local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"cannot load {model}: {one_line(error)}") from error
+    if config.get_text_config().model_type in ARCHITECTURES:
+        config = config.get_text_config()
     if config.model_type not in ARCHITECTURES:
-        raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3 or qwen2 model is needed")
+        raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3, qwen3.5 or qwen2 model is needed")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise UserError(f"{model} has layers with sliding-window attention, which this loop has not")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{model}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     return config
+
+
+def is_recurrent(config) -> bool:
+    """Whether some layers are Gated DeltaNet."""
+    return "linear_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def meta_model(model: str, tokenizer, weights: bool = True):
@@ -129,7 +159,7 @@ def load_model(
     """The causal language model with packed attention, ready to train."""
     config = model_config(model, tokenizer)
     try:
-        if model == "tiny":
+        if model in TINY:
             causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
         else:
             causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -155,8 +185,8 @@ def load_model(
     return causal_lm.train()  # from_pretrained leaves it without dropout
 
 
-def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a vocabulary of 2,048 made from texts, with Qwen3's special tokens and template."""
+def tiny_tokenizer(texts: Iterable[str], chat_template: str = CHATML_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a vocabulary of 2,048 made from texts, with Qwen3's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -175,7 +205,7 @@ def tiny_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHATML_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
 
@@ -196,6 +226,25 @@ def tiny_config(tokenizer) -> Qwen3Config:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def tiny_qwen3_5_config(tokenizer) -> Qwen3_5TextConfig:
+    """The same of a Qwen3.5: three recurrent layers and one of attention."""
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+            "pad_token_id")  # fmt: skip
+    config = tiny_config(tokenizer)
+    return Qwen3_5TextConfig(
+        **{name: getattr(config, name) for name in same},
+        full_attention_interval=config.num_hidden_layers,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]
+        },
+    )  # fmt: skip
 
 
 def generation_config(causal_lm, tokenizer) -> GenerationConfig:

@@ -24,7 +24,7 @@ def make_optimizers(model, config) -> list[torch.optim.Optimizer]:
     tables = [p for name, p in trained.items() if p.ndim == 2 and "model.layers." not in name]
     groups = [
         {"params": tables, "weight_decay": config.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.ndim != 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # none under LoRA, which trains matrices of layers alone
     muon = {"lr": MUON_LR * config.learning_rate, "weight_decay": config.weight_decay}

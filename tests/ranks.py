@@ -17,6 +17,7 @@ from typing import NamedTuple
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.models.qwen3.modeling_qwen3",
+     "model.recurrent",
      "train", "loop.fit", "loop.step", "tools.report", "model.qwen3", "faults", "warm", "datasets",
      "swanlab", "peft", "torchao.optim"]
 )  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data.base.errors import UserError
 from data.reading.formats import Ambiguous, read_row
+from data.reading.rows import read_any
 from data.reading.texts import TAG
 
 Q, T, A = (
@@ -202,6 +203,19 @@ def test_what_cannot_be_trained_is_refused_by_name(name):
     columns, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason):
         read_row(columns)
+
+
+MEDIA = {"images": ["a.png"], "image": "a.png", "Video": "a.mp4", "videos": ["a.mp4"], "audios": ["a.wav"],
+         "image_path": "a.png", "图片": "a.png", "image_urls": ["https://a"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("preference", ["", "thumbs"])
+def test_rows_with_pictures_videos_or_sound_are_refused_by_the_name_of_the_column(preference):
+    row = {"messages": [USER, {**PLAIN, "reasoning_content": T}], "label": True}
+    for name, value in MEDIA.items():
+        with pytest.raises(ValueError, match=f"no text .`{name}`."):
+            read_any(row | {name: value}, preference, "", ())
+        assert read_any(row | {name: type(value)()}, preference, "", ())  # an empty one is none
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.base.console import tool
 from data.base.errors import UserError
 from data.replies import reply_row
-from model.qwen3 import load_tokenizer
+from model.qwen3 import TINY, load_tokenizer
 from tools.shared.ask import (
     Endpoint,
     Local,
@@ -87,7 +87,7 @@ def main() -> None:
 def local(args: argparse.Namespace, settings: dict, dialogues: list[list[dict]]) -> Local:
     """The model before training; `tiny` with the weights and the tokenizer that its run had."""
     best = Path(args.rows) / "best"
-    is_of_run = args.model == "tiny" and best.is_dir()
+    is_of_run = args.model in TINY and best.is_dir()
     texts = (m["content"] for dialogue in dialogues for m in dialogue)
     tokenizer = load_tokenizer(str(best) if is_of_run else args.model, texts)
     model = load_to_score(args.model, settings if is_of_run else {}, tokenizer, accelerator_of({}))

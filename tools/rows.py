@@ -35,7 +35,7 @@ from data.encode import Example, encode_rows
 from data.reading.rows import Row
 from loop.record.run_folder import read_run
 from loop.score import Scored, loss_of, score
-from model.qwen3 import load_tokenizer
+from model.qwen3 import TINY, load_tokenizer
 from tools.shared.runs import accelerator_of, load_to_score, read_side
 
 SUSPECT = 3.5  # deviations from the median, above which a row stands out (Iglewicz and Hoaglin 1993)
@@ -68,7 +68,7 @@ def study(run_dir: Path, base: str | None) -> list[dict]:
     here = after if all(len(row.asked) == 1 for row in rows) else last_turn()
     apart, apart_silent = last_turn(questions=others), last_turn(thinking=False, questions=others)
     own_silent = last_turn(thinking=False)
-    own = tokenizer if name == "tiny" else load_tokenizer(name)
+    own = tokenizer if name in TINY else load_tokenizer(name)
     model = load_to_score(name, run, own, accelerator)
     before = losses_of(of_sides, own, run, model, accelerator, tr("before training"))
 

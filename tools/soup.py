@@ -29,7 +29,7 @@ from loop.evaluate import is_right, losses
 from loop.score import loss_of, score
 from model.export import export, system_prompt_of
 from model.loss import SFTModel
-from model.qwen3 import find_model, load_model, load_tokenizer
+from model.qwen3 import TINY, find_model, load_model, load_tokenizer
 from tools.reports.pages import TEMPLATES
 from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 
@@ -77,7 +77,7 @@ def study(args: argparse.Namespace) -> list[Mixture]:
     questions = read_exam(args.exam).questions if args.exam else []
     asked = exam_rows(exam_prompts(questions, tokenizer, system), tokenizer)
     replies = read_replies(args.forget, tokenizer)
-    base_tokenizer = tokenizer if args.base == "tiny" else load_tokenizer(args.base)
+    base_tokenizer = tokenizer if args.base in TINY else load_tokenizer(args.base)
     base = parameters_of(args.base, run, base_tokenizer)
     tuned = parameters_of(str(args.tuned), run, tokenizer)
     check_same_kind(base, tuned, [base_tokenizer.get_vocab(), tokenizer.get_vocab()])
@@ -100,7 +100,7 @@ def study(args: argparse.Namespace) -> list[Mixture]:
 def parameters_of(name: str, run: dict, tokenizer) -> dict[str, torch.Tensor]:
     """On the host, in the model's own precision; of `tiny` those before the run trained it."""
     set_seed(run.get("seed", 0))
-    dtype = torch.float32 if name == "tiny" else "auto"
+    dtype = torch.float32 if name in TINY else "auto"
     return dict(SFTModel(load_model(name, tokenizer, False, dtype), loss_chunk=1).named_parameters())
 
 

@@ -24,6 +24,7 @@ MAX_UNUSABLE = 0.1
 NO_TEXT = re.compile(
     r"(?:^|_)(?:id|uid|uuid|guid|no|nr|index|idx|date|time|url)(?:_|$)|编号|序号|号码|病历号|流水号|日期|时间|链接"
 )
+MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_?(?:path|url)s?)?|图片|图像|视频|音频")
 MANY = 20_000  # rows from which on it takes a while
 
 
@@ -127,6 +128,8 @@ def read_set(
 def read_any(columns, preference: str, system_prompt: str, given: Given) -> tuple[Dialogue, Rated]:
     if isinstance(columns, dict):  # what is said of a row, and is no part of it
         columns = {name: value for name, value in columns.items() if name not in (FEEDBACK_ID, "AIGC")}
+        if name := next((name for name, value in columns.items() if value and MEDIA.fullmatch(normal(name))), None):
+            raise ValueError(f"comes with what is no text (`{name}`); text can be trained on")
     if preference:
         return read_rated(columns, preference, system_prompt, given)
     return read_row(columns, system_prompt, given), []

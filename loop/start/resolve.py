@@ -25,6 +25,7 @@ from loop.start.show import report_table, show_example, thinking_warning
 from model.adamw_8bit import import_torchao
 from model.generate import emulates_bf16
 from model.head import compiles
+from model.qwen3 import is_recurrent
 
 # Compile only above this many tokens for each process; it costs some 25 s. By a model of Qwen3-1.7B's step an H100
 # needs 15 s less for each million of them.
@@ -75,9 +76,22 @@ def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) 
     trained, frozen = count_parameters(meta_lm)
     if frozen:
         say(tr("trained: {:,} of {:,} parameters; the others are frozen", trained, trained + frozen))
+    if is_recurrent(meta_lm.config):
+        say_how_rows_stay_apart(device)
     needed = disk_of(plan, meta_lm, config, shards)
     on_main_process(lambda: check_disk(needed, Path(config.output_dir), config.dry_run))
     return config, plan
+
+
+def say_how_rows_stay_apart(device: torch.device) -> None:
+    from model.recurrent import KERNELS, use_kernels  # its import takes 0.3 s
+
+    if use_kernels(device):
+        say(tr("recurrent layers: packed rows, by the kernels of {}", " and ".join(KERNELS)))
+    elif device.type == "cuda":
+        say(tr("recurrent layers: row by row, which is slower; pip install {} for packed rows", " ".join(KERNELS)))
+    else:
+        say(tr("recurrent layers: row by row, because {} has no kernels for them", device))
 
 
 def announce(config: Resolved, data: Data, plans: dict[str, Plan], available: float, accelerator) -> None:

@@ -26,6 +26,7 @@ from loop.config import TrainConfig
 from loop.record.run_folder import read_run
 from model.generate import Reply, chat_tokenizer, generate_ids, ready_to_generate, reply_to
 from model.loss import SFTModel
+from model.qwen3 import TINY
 from tools.shared.runs import read_rows, read_side
 
 CHUNK = 16  # questions at a time
@@ -79,7 +80,7 @@ class Local:
     def __init__(self, name: str, model: SFTModel, tokenizer):
         """tokenizer: that of training. `ask` takes the model's own form, which may have no thinking, if it has one."""
         self.causal_lm, self.trained = model.causal_lm, tokenizer
-        self.tokenizer = tokenizer if name == "tiny" else chat_tokenizer(name)
+        self.tokenizer = tokenizer if name in TINY else chat_tokenizer(name)
 
     def ask(
         self, dialogues: list[list[dict]], max_new_tokens: int, thinking: bool, seed: int, **sampling
