@@ -52,6 +52,9 @@ class TrainConfig:
     model: str = may_change("Qwen/Qwen3-1.7B")
     # Rank of LoRA's updates, trained instead of the weights; 0 trains all parameters.
     lora_rank: int = 0
+    # The weights that LoRA does not train: as they are (full), or those of its linear layers in 4 bits (nf4), 8B on a
+    # card of 24 GB. best/ is made of the weights as they are.
+    frozen: Literal["full", "nf4"] = "full"
     # Autocast over fp32 weights; `no` computes in fp32.
     mixed_precision: Literal["bf16", "no"] = "bf16"
     # What a card's memory allows: speed, or a profile for 32, 24 or 16 GB (--dry-run shows what each needs and
@@ -195,6 +198,8 @@ class TrainConfig:
             raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}")
         if self.think_weight == self.answer_weight == 0:
             raise ValueError("think_weight and answer_weight are both 0, which leaves nothing to train")
+        if self.frozen != "full" and not self.lora_rank:
+            raise ValueError(f"frozen {self.frozen} is for weights that LoRA does not train: set lora_rank, such as 16")
         for name in ("dataset", "model", "output_dir"):
             value = getattr(self, name)
             if not value or not all(part.strip() for part in ([value] if isinstance(value, str) else value)):

@@ -49,7 +49,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 # A forward casts each weight once, so autocast's cache of bf16 copies would only take memory.
                 AutocastKwargs(cache_enabled=False),
                 # Gradients live in the buckets that DDP sends, not beside them: 4 bytes a parameter less.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # Buffers, such as weights in 4 bits, are the same everywhere and need not be sent at each forward.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                 # Ranks wait for the main process to download the model, and to write its last samples.
                 InitProcessGroupKwargs(timeout=timedelta(hours=1)),
             ],

@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from data.base.console import say
+from data.base.errors import UserError
 from data.base.language import tr
 from data.dataset import Data, load_data
 from loop.config import Resolved, TrainConfig
@@ -20,13 +21,13 @@ from loop.record.interrupt import Interrupt, Stopped
 from loop.reference import add_reference
 from loop.run import Run
 from loop.start.checks import check_preference
-from loop.start.memory import Plan
+from loop.start.memory import Plan, count_parameters
 from loop.start.probe import check_rows_are_apart
 from loop.start.resolve import resolve
 from loop.start.step_file import finite, load_step_file
 from model.lora import add_lora
 from model.loss import SFTModel
-from model.qwen3 import load_model, load_tokenizer, meta_model
+from model.qwen3 import is_recurrent, load_model, load_tokenizer, meta_model
 
 
 def fit(config: TrainConfig) -> bool:
@@ -108,14 +109,16 @@ def read_data(config: TrainConfig, accelerator: Accelerator, method: ModuleType)
 def make_meta_lm(config: TrainConfig, tokenizer):
     """The model without its weights, on the meta device."""
     meta_lm = meta_model(config.model, tokenizer, weights=not config.dry_run)
+    if config.frozen == "nf4" and is_recurrent(meta_lm.config):
+        raise UserError(f"{config.model}: the makers of Qwen3.5 advise against 4 bits for it; --frozen full")
     if config.lora_rank:
-        add_lora(meta_lm, config.lora_rank, config.model)
+        add_lora(meta_lm, config.lora_rank, config.model, config.frozen)
     return meta_lm
 
 
 def about_model(meta_lm, plan: Plan) -> dict:
     trainable = sum(parameter.numel() for parameter in meta_lm.parameters() if parameter.requires_grad)
-    counts = {"num_parameters": meta_lm.num_parameters(), "num_trainable_parameters": trainable}
+    counts = {"num_parameters": sum(count_parameters(meta_lm)), "num_trainable_parameters": trainable}
     return counts | {"optimizers": plan.optimizers}
 
 
@@ -130,5 +133,5 @@ def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTMod
             compile=config.compile == "on",
         )
     if config.lora_rank:
-        add_lora(causal_lm, config.lora_rank, config.model)
+        add_lora(causal_lm, config.lora_rank, config.model, config.frozen)
     return SFTModel(causal_lm, config.loss_chunk, compiled=config.compile in ("on", "loss"))

@@ -27,22 +27,27 @@ from loop.record.checkpoint import sums_of_bits
 from loop.score import score
 from model.attention import PACKED
 from model.loss import Reference
+from model.nf4 import tensors_in_4_bits
 
 ROWS = 512  # whose losses are gathered at a time
 
 
 def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator: Accelerator, is_new: bool) -> None:
     """Gives the model, or the training rows, what REFERENCE asks for. All ranks, with the weights of config.model.
-    is_new: the run begins, so what another one left in its folder is not its own.
+    is_new: the run begins, so what another one left in its folder is not its own. Weights in 4 bits, which are in no
+    checkpoint, are checked here, too.
 
     Raises UserError if the weights are not those that the run began with.
     """
-    if not kind:
+    if not kind and config.frozen == "full":
         return
     folder, sft_model = Path(config.output_dir) / "data", accelerator.unwrap_model(model)
     bits = sum(sums_of_bits(p for name, p in sft_model.named_parameters() if ".lora_" not in name))
     bits = sum(gather(bits)) if accelerator.is_fsdp2 else bits
+    bits += sum(sums_of_bits(tensors_in_4_bits(sft_model))) if config.frozen == "nf4" else 0  # whole on each rank
     on_main_process(lambda: check_same_model(folder, bits, config, is_new))
+    if not kind:
+        return
     if kind == "logits":
         causal_lm = sft_model.causal_lm
         sft_model.reference = (Reference(causal_lm) if config.lora_rank else copy_of(causal_lm, config),)
@@ -62,8 +67,8 @@ def check_same_model(folder: Path, bits: int, config: Resolved, is_new: bool) ->
     now = {"sum_of_bits": bits, "weights": config.weights}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
         raise UserError(
-            f"{config.model} does not have the weights that this run began with, and the REFERENCE of "
-            f"{config.step_file} is made of them; --model names the model as it was"
+            f"{config.model} does not have the weights that this run began with, which it needs on --resume, too (for "
+            f"--frozen nf4, or the REFERENCE of {config.step_file}); --model names the model as it was"
         )
     write_json(path, now)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from data.base.console import is_main_process, say, warn
 from data.base.errors import UserError
@@ -49,6 +50,7 @@ from loop.start.memory import GIB, Plan
 from loop.start.step_file import record
 from loop.state import StepMetrics, TrainState, learning_rates
 from model.export import card, export
+from model.qwen3 import load_model
 
 
 class Run:
@@ -200,7 +202,15 @@ class Run:
         figures = {name.removeprefix("eval/"): value for name, value in row.items()} | figures | {"deciding_loss": loss}
         settings = figures | self.info, self.config.language, causal_lm.generation_config
         texts = card(*settings, generation_prompt([{"role": "user", "content": ""}], tokenizer))
-        together(lambda: export(causal_lm, weights, tokenizer, self.best, texts), on_main=True)
+
+        def write() -> None:
+            base = None
+            if self.config.frozen == "nf4":
+                set_seed(self.config.seed)  # of which the weights of a tiny model are made
+                base = load_model(self.config.model, tokenizer, False, getattr(torch, self.config.weights))
+            export(causal_lm, weights, tokenizer, self.best, texts, base)
+
+        together(write, on_main=True)
 
     def stepped(self, metrics: StepMetrics, batch, optimizers: list) -> None:
         """Records one step. Raises Diverged if gradients stay non-finite."""

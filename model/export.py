@@ -17,7 +17,7 @@ from data.base.console import visible
 from data.base.files import write_json
 from data.reading.source import public_name
 from data.template import opens_block
-from model.lora import NAME, merged, save_adapter
+from model.lora import NAME, merged, merged_into, save_adapter
 from model.qwen3 import generation_config
 
 os.umask(UMASK := os.umask(0))  # read once: for an instant it is 0 for every thread
@@ -59,13 +59,19 @@ TEMPLATES.filters["code"] = code
 
 
 def export(
-    causal_lm, state_dict: dict[str, torch.Tensor], tokenizer, folder: Path, texts: dict[str, str] | None = None
+    causal_lm,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer,
+    folder: Path,
+    texts: dict[str, str] | None = None,
+    base: torch.nn.Module | None = None,
 ) -> None:
     """Writes a complete Hugging Face folder in bf16: the new one whole, or the old one stays. If the model
     trains with LoRA its updates are merged into the weights, and stand alone in adapter/.
 
-    state_dict has causal_lm's own keys; texts: further files, name -> content. A kill between the two renames
-    leaves `.old-NAME`, which `restore_export` puts back.
+    state_dict has causal_lm's own keys; texts: further files, name -> content; base: the model as it was, if
+    causal_lm's frozen weights are in 4 bits, whose weights take the updates. A kill between the two renames leaves
+    `.old-NAME`, which `restore_export` puts back.
     """
     temporary, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
     restore_export(folder)
@@ -75,7 +81,8 @@ def export(
     if peft_config := getattr(causal_lm, "peft_config", None):
         (temporary / "adapter").mkdir(parents=True)
         save_adapter(causal_lm, state_dict, temporary / "adapter")
-        items = merged(state_dict, peft_config[NAME].lora_alpha / peft_config[NAME].r)
+        scale = peft_config[NAME].lora_alpha / peft_config[NAME].r
+        items = merged_into(base, state_dict, scale) if base else merged(state_dict, scale)
     weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in items}
     if causal_lm.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

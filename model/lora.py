@@ -3,7 +3,7 @@
 peft puts the updates into the linear layers in place, so the model stays the same model to the loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from data.base.errors import cannot_import
+from model.nf4 import quantise_frozen
 
 NAME = "default"  # peft's own, for the one adapter of a model
 
 
-def add_lora(causal_lm, rank: int, base_model: str) -> None:
-    """Freezes causal_lm and adds updates of this rank, scaled by 2, to every linear layer but the head."""
+def add_lora(causal_lm, rank: int, base_model: str, frozen: str = "full") -> None:
+    """Freezes causal_lm and adds updates of this rank, scaled by 2, to every linear layer but the head. frozen: nf4
+    keeps the weights of these layers in 4 bits."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -29,6 +31,8 @@ def add_lora(causal_lm, rank: int, base_model: str) -> None:
         base_model_name_or_path=base_model,
     )
     inject_adapter_in_model(config, causal_lm)
+    if frozen == "nf4":
+        quantise_frozen(causal_lm)
 
 
 @contextmanager
@@ -58,6 +62,18 @@ def merged(state_dict: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[
             yield f"{layer}.weight", weight.float() + scale * (b @ a)
         elif ".lora_" not in name:
             yield name, weight
+
+
+def merged_into(base, state_dict: dict[str, torch.Tensor], scale: float) -> Iterable[tuple[str, torch.Tensor]]:
+    """The same of a model whose frozen weights are in 4 bits: the updates are merged into base, the model as it was, in
+    place, so that the host need not hold it twice."""
+    weights = base.state_dict()
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if (a := state_dict.get(f"{layer}.lora_A.{NAME}.weight")) is not None:
+            b = state_dict[f"{layer}.lora_B.{NAME}.weight"]
+            weight.copy_(weight.float() + scale * (b.float() @ a.float()).to(weight.device))
+    return weights.items()
 
 
 def save_adapter(causal_lm, state_dict: dict[str, torch.Tensor], folder: Path) -> None:

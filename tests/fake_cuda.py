@@ -23,6 +23,8 @@ SHAPES = {
     "0.6b": dict(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, intermediate_size=3072),
     "1.7b": dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, intermediate_size=6144),
     "4b": dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, intermediate_size=9728),
+    "8b": dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, intermediate_size=12288),
+    "14b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=17408),
 }
 COMMON = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, eos_token_id=1)
 
@@ -173,7 +175,7 @@ def measure(
     with torch.device("meta"):
         meta_lm = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:
-        add_lora(meta_lm, config.lora_rank, "")
+        add_lora(meta_lm, config.lora_rank, "", config.frozen)
     plan = loop.start.memory.plan_all(config, meta_lm, lengths, accelerator.device, 1, [memory])[memory]
     profile = plan.profile
     rows = [Example(torch.zeros(length, dtype=torch.int64), 68, length // 2, "") for length in lengths]
@@ -197,7 +199,7 @@ def measure(
         with accelerator.device:
             causal_lm = AutoModelForCausalLM.from_config(shaped, attn_implementation=PACKED, dtype=profile.weights)
             if config.lora_rank:
-                add_lora(causal_lm, config.lora_rank, "")
+                add_lora(causal_lm, config.lora_rank, "", config.frozen)
         if profile.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable()
         for layer in causal_lm.model.layers if compile else ():

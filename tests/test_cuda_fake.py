@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 LENGTHS = [2048, 1100, 800, 702]
@@ -22,6 +23,9 @@ CASES = {
         {"memory": "16g", "lengths": LENGTHS, "step_file": "recipes/ema.py", "layers": 7},
     ],
     "small cards": [
+        {"memory": "24g", "lengths": LENGTHS, "shape": "8b", "tied": False, "lora_rank": 16, "frozen": "nf4"},
+        {"memory": "24g", "lengths": LENGTHS, "shape": "14b", "tied": False, "lora_rank": 16, "frozen": "nf4"},
+        {"memory": "speed", "lengths": LENGTHS, "lora_rank": 16, "frozen": "nf4", "compile": True, "layers": 7},
         {"memory": "32g", "lengths": LENGTHS},
         {"memory": "24g", "lengths": LENGTHS},
         {"memory": "16g", "lengths": FULL, "micro_batch_tokens": 4096},
@@ -33,7 +37,12 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 IN_FP32 = ("l2sp", "muon", "sam", "schedule_free")  # with 16g they are refused by name
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
+needs_device = pytest.mark.skipif(
+    not shutil.which("g++") or torch.version.cuda is not None, reason="needs g++, and a torch without CUDA's own device"
+)
+
+
+@needs_device
 @pytest.mark.parametrize("group", ["speed", pytest.param("small cards", marks=pytest.mark.slow)])
 def test_the_memory_of_a_step_is_what_is_predicted(group):
     """Within 5 %, at the true size, and with fewer layers for what is beside it; the host waits for the device once;
@@ -42,7 +51,7 @@ def test_the_memory_of_a_step_is_what_is_predicted(group):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="the device is built with g++")
+@needs_device
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_memory_of_each_recipe_is_what_is_predicted_with_each_profile(recipe):
     profiles = [name for name in ("speed", "32g", "24g", "16g") if name != "16g" or recipe not in IN_FP32]

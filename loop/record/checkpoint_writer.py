@@ -46,10 +46,10 @@ class CheckpointWriter:
     def __init__(self, root: Path, save_total_limit: int, device: torch.device):
         self.root, self.save_total_limit = root, save_total_limit
         on_cuda = device.type == "cuda"
-        options = StagingOptions(
+        self.options = StagingOptions(
             use_pinned_memory=on_cuda, use_non_blocking_copy=on_cuda, use_shared_memory=False, use_async_staging=False
         )
-        self.stager = DefaultStager(options)
+        self.stager = DefaultStager(self.options)
         # A group of its own: collectives of the writing thread must not meet those of the training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if dist.is_initialized() else None
         self.thread = ThreadPoolExecutor(1)
@@ -69,6 +69,8 @@ class CheckpointWriter:
         tensors = tensors_of(model, optimizers)
         has_shards = any(isinstance(weight, DTensor) for weight in tensors["model"].values())
         # Under DDP every rank has all of it, and one copy in host memory is enough.
+        if torch.__version__ < "2.13":  # before, a stager is closed by its first copy
+            self.stager = DefaultStager(self.options)
         copy = self.stager.stage(tensors if has_shards or is_main_process() else {})
         trainer = dataclasses.asdict(state)
         write = self.thread.submit(write_checkpoint, self.root, copy, trainer, self.save_total_limit, self.group)

@@ -18,6 +18,7 @@ from data.base.language import tr
 from loop.config import Resolved
 from loop.start.trial import Tried, try_step
 from model.head import SMALL_CHUNK, block_size
+from model.nf4 import layers_in_4_bits, tensors_in_4_bits
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
@@ -34,7 +35,8 @@ KEPT = {
     (4, 4, False): (24, 16, 28, 16),
     (4, 4, True): (24, 16, 28, 16),
 }
-KEPT_BY_LORA = {False: (18, 10, 8, 8), True: (10, 8, 6, 6)}  # by whether layers are compiled
+# By whether layers are compiled, and whether they are in 4 bits, whose products are no part of a graph.
+KEPT_BY_LORA = {(0, 0): (18, 10, 8, 8), (1, 0): (10, 8, 6, 6), (0, 1): (18, 10, 8, 8), (1, 1): (14, 8, 6, 8)}
 
 
 class Profile(NamedTuple):
@@ -46,6 +48,7 @@ class Profile(NamedTuple):
     numerics: str
 
 
+NF4 = "frozen weights in 4 bits, updates in fp32"
 EXACT = "fp32 weights and fp32 AdamW, the experiment as it is"
 PROFILES = {
     "speed": Profile(False, 16384, 16384, torch.float32, "adamw", EXACT),
@@ -98,15 +101,17 @@ def plan_all(
             profile = profile._replace(gradient_checkpointing=config.gradient_checkpointing == "on")
         if config.micro_batch_tokens >= 0:
             profile = profile._replace(micro_batch_tokens=config.micro_batch_tokens)
+        if config.frozen == "nf4":
+            dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+            profile = profile._replace(weights=dtype, numerics=f"{NF4}; {profile.optim}")
         batch = config.per_device_train_batch_size
         longest = sorted(lengths, reverse=True)[: batch * config.gradient_accumulation_steps * rows_in_unit]
         limit = profile.micro_batch_tokens or sum(longest[:batch])
         tokens = min(sum(longest), max(limit, longest[0]))
         kind = profile.weights, profile.optim
         if kind not in tried:
-            tried[kind] = trial_of(
-                causal_lm, dataclasses.replace(config, memory=name, optim=profile.optim), profile.weights
-            )
+            dtype = profile.weights if config.frozen == "full" else torch.float32  # of what is trained
+            tried[kind] = trial_of(causal_lm, dataclasses.replace(config, memory=name, optim=profile.optim), dtype)
         trial = tried[kind]
         if isinstance(trial, str):
             plans[name] = Plan(name, profile, {"context and allocator": 0.0, "unknown": math.inf}, [], trial)
@@ -163,7 +168,7 @@ def predict(
     """Bytes of each item at the peak of a step, whose largest micro-batch has that many tokens, all of them targets.
     several: it has more micro-batches than one, so gradients are there when a backward begins."""
     trained, frozen = count_parameters(causal_lm)
-    weights, states = (trained + frozen) * profile.weights.itemsize / shards, trial.states / shards
+    weights, states = bytes_of_weights(causal_lm, profile, shards), trial.states / shards
     needs = {"weights": weights, "optimizer states": states}
     half = 2 if config.mixed_precision == "bf16" or profile.weights.itemsize == 2 else 4
     if has_copy := trial.reference == "logits" and not config.lora_rank:
@@ -208,7 +213,8 @@ def phases_of_a_step(
     reached = layers if causal_lm.model.embed_tokens.weight.requires_grad else [*itertools.dropwhile(is_frozen, layers)]
     in_reached = sum(parameter.numel() for layer in reached for parameter in layer.parameters())
     in_layers = sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
-    tables = [KEPT_BY_LORA[compiled] if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
+    of_lora = KEPT_BY_LORA[compiled, config.frozen == "nf4"]
+    tables = [of_lora if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
     by_layer = [tokens * kept_in_layer(c, table) for table in tables]
     layer = max(by_layer, default=0)
     residual = tokens * c.hidden_size * (width if half == width else 4)
@@ -255,7 +261,21 @@ def is_part_frozen(layer: torch.nn.Module) -> bool:
 def count_parameters(causal_lm) -> tuple[int, int]:
     """Trained, and frozen."""
     trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
-    return trained, causal_lm.num_parameters() - trained
+    return trained, causal_lm.num_parameters() - trained + numbers_in_4_bits(causal_lm)
+
+
+def numbers_in_4_bits(causal_lm) -> int:
+    return sum(layer.out_features * layer.in_features for layer in layers_in_4_bits(causal_lm))
+
+
+def bytes_of_weights(causal_lm, profile: Profile, shards: int) -> float:
+    """On each device. Under FSDP2 weights in 4 bits lie whole on each."""
+    trained, frozen = count_parameters(causal_lm)
+    in_4_bits = tensors_in_4_bits(causal_lm)
+    if not in_4_bits:
+        return (trained + frozen) * profile.weights.itemsize / shards
+    others = frozen - numbers_in_4_bits(causal_lm)
+    return (4 * trained + others * profile.weights.itemsize) / shards + sum(tensor.nbytes for tensor in in_4_bits)
 
 
 def kept_in_layer(c, factors: tuple) -> float:
