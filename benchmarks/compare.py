@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=["ours", "recipe", "trainer", "trl"])
     parser.add_argument("--out", type=Path, default=Path("compare.jsonl"))
+    parser.add_argument("--fp32", action="store_true", help="products in fp32, as on a CPU that emulates bf16")
     parser.add_argument("--cap", type=float, help="GiB of the GPU that a process may use, its own context included")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -69,7 +70,7 @@ def main() -> None:
     if args.worker:
         if args.worker.startswith("ours"):
             set_before_torch()
-        print(json.dumps(matmul_rate() if args.worker == "matmul" else work(args)))
+        print(json.dumps(matmul_rate(args) if args.worker == "matmul" else work(args)))
         return
     results = {name: [] for name in ["matmul", *args.only]}
     for number in range(args.rounds):
@@ -109,7 +110,8 @@ def report(args, results: dict[str, list[dict]]) -> None:
     peak = max(result["tflops"] for result in results["matmul"])
     good = {name: [r for r in results[name] if "error" not in r] for name in args.only}
     first = args.only[0]
-    print(f"\n{args.shape}, {args.rows} rows a step, bf16 matmul {peak:.3f} TFLOP/s")
+    precision = "fp32" if in_fp32(args) else "bf16"
+    print(f"\n{args.shape}, {args.rows} rows a step, {precision} matmul {peak:.3f} TFLOP/s")
     print(f"{'':<14}{'tokens/s':>10}{'ratio':>8}{'range':>14}{'MFU':>7}{'p50 s':>9}{'p99 s':>9}{'GiB':>8}")
     for name in args.only:
         for mine, theirs in zip(good[first], good[name], strict=False):
@@ -203,12 +205,13 @@ def train_ours(args, config, rows, device):
     variant = args.worker.partition(" ")[2]
     is_compiled = variant == "compiled" or (device.type == "cuda" and variant != "eager")
     memory = variant if variant in PROFILES else "speed"
-    compile = "on" if is_compiled else "off" if variant == "eager" else "loss"
+    compile = "on" if is_compiled else "off" if variant == "eager" or in_fp32(args) else "loss"
     settings = Resolved(
         learning_rate=LR,
         memory=memory,
         optim=PROFILES[memory].optim,
         compile=compile,
+        mixed_precision="no" if in_fp32(args) else "bf16",
         max_steps=1,
         gradient_accumulation_steps=args.rows,
     )
@@ -261,7 +264,8 @@ def train_with_trainer(args, config, rows, device):
     settings = dict(
         output_dir="/tmp/compare", per_device_train_batch_size=batch, gradient_accumulation_steps=args.rows // batch,
         max_steps=args.warmup + args.steps, learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=1.0,
-        weight_decay=0.0, bf16=not is_recipe, gradient_checkpointing=is_recipe or args.worker == "trainer ckpt",
+        weight_decay=0.0, bf16=not (is_recipe or in_fp32(args)),
+        gradient_checkpointing=is_recipe or args.worker == "trainer ckpt",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu",
         train_sampling_strategy="sequential",
     )  # fmt: skip
@@ -277,7 +281,9 @@ def train_with_trainer(args, config, rows, device):
         AttentionInterface.register(attention := "packed_for_trl", packed)
     with device:
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.bfloat16 if is_recipe else torch.float32
+            config,
+            attn_implementation=attention,
+            dtype=torch.bfloat16 if is_recipe and not in_fp32(args) else torch.float32,
         )
     data = [
         {
@@ -305,13 +311,22 @@ def train_with_trainer(args, config, rows, device):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], ends, {}
 
 
-def matmul_rate() -> dict:
-    """The best of some large bf16 matrix products, in TFLOP/s."""
+def in_fp32(args) -> bool:
+    import torch
+
+    from model.generate import emulates_bf16
+
+    return args.fp32 or (not torch.cuda.is_available() and emulates_bf16(torch.device("cpu")))
+
+
+def matmul_rate(args) -> dict:
+    """The best of some large matrix products, in TFLOP/s."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, best = 8192 if device.type == "cuda" else 3072, float("inf")
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = torch.float32 if in_fp32(args) else torch.bfloat16
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(12):
         finish(device)
         begin = time.perf_counter()

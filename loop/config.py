@@ -55,8 +55,9 @@ class TrainConfig:
     # The weights that LoRA does not train: as they are (full), or those of its linear layers in 4 bits (nf4), 8B on a
     # card of 24 GB. best/ is made of the weights as they are.
     frozen: Literal["full", "nf4"] = "full"
-    # Autocast over fp32 weights; `no` computes in fp32.
-    mixed_precision: Literal["bf16", "no"] = "bf16"
+    # Autocast over fp32 weights (bf16), or all of it in fp32 (no). auto: bf16 if the device has it; a resumed run goes
+    # on as it began.
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     # What a card's memory allows: speed, or a profile for 32, 24 or 16 GB (--dry-run shows what each needs and
     # changes). auto: the faster one that fits of speed and 32g, which compute the same.
     memory: Literal["auto", "speed", "32g", "24g", "16g"] = may_change("auto")
@@ -210,6 +211,7 @@ class TrainConfig:
 class Resolved(TrainConfig):
     """The settings as they act in a run: no `auto` is left, and the memory profile has become what it sets."""
 
+    mixed_precision: Literal["bf16", "no"] = "bf16"
     optim: str = "adamw"  # or adamw_8bit: moments in 8 bits
     weights: str = "float32"  # their type, and that of the gradients
     loss_chunk: int = 1024  # targets whose logits exist at one time

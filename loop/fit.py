@@ -23,7 +23,7 @@ from loop.run import Run
 from loop.start.checks import check_preference
 from loop.start.memory import Plan, count_parameters
 from loop.start.probe import check_rows_are_apart
-from loop.start.resolve import resolve
+from loop.start.resolve import choose_precision, resolve
 from loop.start.step_file import finite, load_step_file
 from model.lora import add_lora
 from model.loss import SFTModel
@@ -37,6 +37,7 @@ def fit(config: TrainConfig) -> bool:
     """
     disable_progress_bar()  # of loading and saving weights
     method = load_step_file(config.step_file, config.step_set)
+    config = choose_precision(config)
     accelerator = make_accelerator(config)
     data = read_data(config, accelerator, method)
     meta_lm = make_meta_lm(config, data.tokenizer)

@@ -28,6 +28,13 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def capability(name: str) -> None:
+    """As on a CPU with these instructions; AVX2 has no bf16."""
+    import torch
+
+    torch.backends.cpu.get_cpu_capability = lambda: name
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

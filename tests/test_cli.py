@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import good_row
 from ranks import run
@@ -16,6 +17,7 @@ from runs import status_of
 from loop.config import PRESETS, TrainConfig
 from loop.record.progress import Progress
 from loop.start.command_line import parse_config
+from loop.start.resolve import choose_precision
 
 
 def refused(train_py, *args, **env) -> str:
@@ -61,7 +63,7 @@ def test_the_experiment_as_it_was_run():
     assert (c.max_length, c.val_fraction, c.num_train_epochs, c.learning_rate) == (2048, 0.1, 2, 1e-4)
     assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.per_device_eval_batch_size) == (1, 4, -1)
     assert (c.lr_scheduler_type, c.warmup_ratio, c.weight_decay, c.max_grad_norm) == ("linear", 0, 0, 1.0)
-    assert (c.gradient_checkpointing, c.mixed_precision, c.seed) == ("auto", "bf16", 42)
+    assert (c.gradient_checkpointing, c.mixed_precision, c.seed) == ("auto", "auto", 42)
     assert (c.eval_steps, c.early_stopping_patience, c.early_stopping_min_delta) == (100, 3, 0)
     assert (c.logging_steps, c.save_steps, c.save_total_limit) == (10, 400, 2)
     assert (c.swanlab_project, c.run_name) == ("qwen3-sft-medical", "qwen3-1.7b")
@@ -193,6 +195,32 @@ def test_without_what_only_linux_has(tmp_path):
     args = ["tiny", "--max-steps", "1", "--num-samples", "0", "--output-dir", tmp_path / "out"]
     outcome = run(args, "one", "as_on_windows()", tmp_path / "log")
     assert outcome.codes == [0] and status_of(tmp_path / "out")["status"] == "completed", outcome.output
+
+
+def test_the_precision_is_what_the_device_has_and_stays_that_of_the_run(tmp_path):
+    """AVX2 emulates bf16: fp32 there, and a run that began in bf16 goes on so, with a warning."""
+    args = ["tiny", "--mixed-precision", "auto", "--num-samples", "0", "--max-steps", "6", "--resume", "--output-dir"]
+    for before, after in (("AVX512", "AVX2"), ("AVX2", "AVX512")):
+        out, precision = tmp_path / before, "bf16" if before == "AVX512" else "no"
+        stop = f"(capability('{before}'), signal_in_step(2))"
+        first = run([*args, out], "one", stop, tmp_path / "log")
+        assert first.codes == [0] and f"mixed precision: {precision}" in first.output, first.output
+        assert json.loads((out / "run.json").read_text())["mixed_precision"] == precision
+        second = run([*args, out], "ddp2", f"capability('{after}')", tmp_path / "log")
+        assert second.codes == [0, 0] and f"mixed precision: {precision}" in second.output, second.output
+        assert ("emulates bf16" in second.output) == (after == "AVX2")
+    fault = "capability('AVX2' if rank() else 'AVX512')"
+    mixed = run([*args, tmp_path / "mixed"], "ddp2", fault, tmp_path / "log")
+    assert set(mixed.codes) == {2} and "some processes have bf16 and some have not" in mixed.output
+
+
+def test_auto_takes_bf16_from_ampere_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for capability, precision in {(7, 5): "no", (8, 0): "bf16", (9, 0): "bf16"}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
+        assert choose_precision(TrainConfig()).mixed_precision == precision
+        assert choose_precision(TrainConfig(mixed_precision="bf16")).mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])

@@ -33,6 +33,7 @@ CHANGES = {
     "group_by": ("", "--group-by dep"),
     "model": ("", "--model {small}"),
     "lora_rank": ("", "--lora-rank 2"),
+    "frozen": ("--lora-rank 2", "--frozen nf4"),
     "mixed_precision": ("", "--mixed-precision bf16"),
     "memory": ("", "--memory 32g"),
     "gradient_checkpointing": ("", "--gradient-checkpointing on"),

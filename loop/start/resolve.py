@@ -11,14 +11,15 @@ from shutil import which
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import is_bf16_available, parse_flag_from_env
 
 from data.base.console import is_main_process, say, visible, warn
 from data.base.errors import UserError
 from data.base.language import tr
 from data.dataset import Data
 from loop.config import Resolved, TrainConfig
-from loop.distributed import on_main_process
-from loop.record.run_folder import keep_global_batch
+from loop.distributed import gather, on_main_process
+from loop.record.run_folder import has_output, keep_global_batch, read_run
 from loop.record.tracking import choose_mode
 from loop.start.memory import GIB, PROFILES, Plan, choose, count_parameters, disk_of, memory_of, memory_table, plan_all
 from loop.start.show import report_table, show_example, thinking_warning
@@ -34,12 +35,28 @@ COMPILING_PAYS = 2_000_000
 COMPILING_THE_LOSS_PAYS = 10**10
 
 
+def choose_precision(config: TrainConfig) -> TrainConfig:
+    """With mixed_precision as it acts. Before there are processes that know of each other."""
+    if config.mixed_precision != "auto":
+        return config
+    folder = Path(config.output_dir)
+    if config.resume and has_output(folder):
+        precision = read_run(folder)["mixed_precision"]
+    elif torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"  # before Ampere it is emulated
+    else:
+        precision = "bf16" if is_bf16_available() and not emulates_bf16(torch.device("cpu")) else "no"
+    return dataclasses.replace(config, mixed_precision=precision)
+
+
 def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) -> tuple[Resolved, Plan]:
     """The settings as they act, and the bytes that the run will need. meta_lm: the model on the meta device.
 
     Raises UserError if the run cannot be made on this device or with this number of processes.
     """
     device, processes = accelerator.device, accelerator.num_processes
+    if len({*gather(config.mixed_precision)}) > 1:
+        raise UserError("some processes have bf16 and some have not: --mixed-precision no, or bf16, for all of them")
     if config.resume:
         config = on_main_process(lambda: keep_global_batch(config, processes))
     max_steps = config.max_steps
