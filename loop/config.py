@@ -18,8 +18,9 @@ def may_change(default):
 class TrainConfig:
     # --- data ---
 
-    # One or more: a local file or folder, a ModelScope id (owner/name, owner/name:SUBSET, owner/name/FILE), or `sample`
-    # (embedded). NAME:500 and NAME:10% take that many of its rows.
+    # One or more: a local file or folder, a ModelScope id (owner/name, owner/name:SUBSET, owner/name/FILE), one of
+    # Hugging Face (hf:owner/name), each with @REVISION after the name if need be, or `sample` (embedded). NAME:500 and
+    # NAME:10% take that many of its rows.
     dataset: tuple[str, ...] = may_change(("krisfu/delicate_medical_r1_data",))
     # Which column is which, if its name does not tell: think=Complex_CoT answer=Response.
     columns: tuple[str, ...] = may_change(())
@@ -48,7 +49,8 @@ class TrainConfig:
 
     # --- model ---
 
-    # ModelScope model id, a local Hugging Face folder, or `tiny` (embedded, random weights).
+    # ModelScope model id, one of Hugging Face (hf:owner/name), either with @REVISION if need be, a local Hugging Face
+    # folder, or `tiny` and `tiny-qwen3.5` (embedded, random weights).
     model: str = may_change("Qwen/Qwen3-1.7B")
     # Rank of LoRA's updates, trained instead of the weights; 0 trains all parameters.
     lora_rank: int = 0

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.base.console import visible
 from data.base.files import write_json
+from data.reading.hub import page_of
 from data.reading.source import public_name
 from data.template import opens_block
 from model.lora import NAME, merged, merged_into, save_adapter
@@ -170,6 +171,7 @@ def card(run: dict, language: str, sampling: GenerationConfig, prompt: str = "<|
     model = Path(run["model"])
     run = run | {
         "model": model.name if model.expanduser().exists() else run["model"],
+        "model_page": "" if model.expanduser().exists() else page_of(run["model"]),
         "dataset": ", ".join(map(public_name, run["dataset"])),
     }
     run |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}

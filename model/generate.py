@@ -60,7 +60,7 @@ def fast_dtype(device: torch.device):
 
 
 def load_for_generation(model: str | Path, device: torch.device):
-    """(model, tokenizer) of a local folder or a ModelScope id, with PyTorch's attention.
+    """(model, tokenizer) of a local folder or a hub id, with PyTorch's attention.
 
     Raises UserError if that is no model, or cannot be downloaded.
     """

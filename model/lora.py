@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.base.errors import cannot_import
+from data.reading.hub import hub_id
 from model.nf4 import quantise_frozen
 
 NAME = "default"  # peft's own, for the one adapter of a model
@@ -23,12 +24,14 @@ def add_lora(causal_lm, rank: int, base_model: str, frozen: str = "full") -> Non
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise cannot_import(error, "peft", "lora") from error
+    found = hub_id(base_model)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=found.name if found else base_model,
+        revision=found.revision if found else None,
     )
     inject_adapter_in_model(config, causal_lm)
     if frozen == "nf4":

@@ -17,7 +17,7 @@ from transformers import (
 
 from data.base.console import say
 from data.base.errors import UserError, one_line
-from data.reading.hub import download, is_hub_id
+from data.reading.hub import download, hub_id
 from model.attention import PACKED
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -65,16 +65,16 @@ OPENING_TEMPLATE = (
 
 
 def find_model(model: str, weights: bool = True) -> Path:
-    """The local folder of a model: a path, or a ModelScope download (without weights: the small files)."""
+    """The local folder of a model: a path, or a download from a hub (without weights: the small files)."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model} has no config.json: it is no Hugging Face model folder")
         return folder
-    if folder.exists() or not is_hub_id(model):
+    if folder.exists() or not hub_id(model):
         raise UserError(
             f"there is no model folder {model!r}; name a local Hugging Face folder, "
-            "a ModelScope model id (owner/name), or `tiny`"
+            "a ModelScope model id (owner/name, owner/name@REVISION), one of Hugging Face (hf:owner/name), or `tiny`"
         )
     files = ["*.json", "*.txt", "*.jinja", "README.md"]
     return download("model", model, [*files, "*.safetensors"] if weights else files)

@@ -62,7 +62,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools.chat", description="Talk to an exported model.",
                                      epilog=TEXTS["en"]["commands"],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("model", help="RUN_DIR/best, any Hugging Face folder of a chat model, or a ModelScope id")
+    parser.add_argument(
+        "model",
+        help="RUN_DIR/best, any Hugging Face folder of a chat model, or a hub id",
+    )
     parser.add_argument("--question", help="answer this and exit; on a pipe the answer alone")
     parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
     parser.add_argument(

@@ -57,7 +57,7 @@ LOWER = "* lower is better"
 @tool("compare_models")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a ModelScope id; the base first")
+    parser.add_argument("models", nargs=2, metavar="MODEL", help="a local folder or a hub id; the base first")
     parser.add_argument(
         "--dataset", help="rows that neither was trained on; default: the run's data/test.jsonl (--test-fraction)"
     )

@@ -112,7 +112,7 @@ def show(models: list[str], results: list[dict[str, Score]], changed: dict, p: f
 @tool("exam")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a local folder or a ModelScope id")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a local folder or a hub id")
     parser.add_argument("--exam", nargs="+", required=True, metavar="FILE", help="files or folders of questions")
     parser.add_argument("--think", action="store_true", help="the model thinks before it answers, which takes long")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest thinking")

@@ -144,7 +144,7 @@ def show(found: list[Mixture], names: list[str]) -> None:
 @tool("soup")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="the model before fine-tuning: a folder or a ModelScope id")
+    parser.add_argument("base", metavar="BASE", help="the model before fine-tuning: a folder or a hub id")
     parser.add_argument("tuned", metavar="TUNED", type=Path, help="RUN_DIR/best")
     parser.add_argument("--weights", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="of the tuned model")
     parser.add_argument("--dataset", help="rows to evaluate on; default: RUN_DIR/data/val.jsonl")

@@ -1,4 +1,4 @@
-"""--dataset NAME -> the files that it means: the embedded sample, a file, a folder, or a set on ModelScope."""
+"""--dataset NAME -> the files that it means: the embedded sample, a file, a folder, or a set on a hub."""
 
 import re
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.base.errors import UserError
-from data.reading.hub import download, is_hub_id
+from data.reading.hub import download, hub_id
 from data.reading.read import FILE_TYPES, file_type
 
 SAMPLE = Path(__file__).parent.parent / "sample.jsonl"
@@ -42,7 +42,7 @@ class Source(NamedTuple):
     def label(self) -> str:
         """Short, for a metric's name."""
         name, _, part = Path(self.name).name.partition(":")
-        stem = name.split(".")[0] or name
+        stem = name.partition("@")[0].split(".")[0] or name
         return f"{stem}-{part}" if part else stem
 
     def number_of(self, rows: int) -> int:
@@ -76,14 +76,15 @@ def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:
     if path.is_dir():
         return Source(name, in_order(splits_of_folder(path, part, name), part, order, name), "", amount)
     owner, name_there, *inside = [*plain.split("/"), ""]
-    hub_id, file = f"{owner}/{name_there}", "/".join(inside[:-1])
+    there, file = f"{owner}/{name_there}", "/".join(inside[:-1])
     is_missing_file = file_type(path) is not None and not file
-    if is_missing_file or plain.startswith((".", "/", "~")) or not is_hub_id(hub_id):
+    if is_missing_file or plain.startswith((".", "/", "~")) or not hub_id(there):
         raise UserError(
             f"there is no dataset file {plain!r}; name a file ({', '.join(FILE_TYPES)}), a folder of them, "
-            "a ModelScope dataset id (owner/name), or `sample`"
+            "a ModelScope dataset id (owner/name, owner/name@REVISION), one of Hugging Face (hf:owner/name), "
+            "or `sample`"
         )
-    return Source(name, in_order(splits_of_hub(hub_id, file, part), part, order, name), "", amount)
+    return Source(name, in_order(splits_of_hub(there, file, part), part, order, name), "", amount)
 
 
 def parse(text: str) -> tuple[str, str, str]:
@@ -174,19 +175,19 @@ def of_part(files: list[Path], folder: Path, part: str, name: str) -> list[Path]
     return chosen
 
 
-def splits_of_hub(hub_id: str, file: str, part: str) -> dict[str, list[Path]]:
-    """Of a ModelScope set: one file of it, a subset of its README's list, or all files of one set."""
+def splits_of_hub(name: str, file: str, part: str) -> dict[str, list[Path]]:
+    """Of a set on a hub: one file of it, a subset of its README's list, or all files of one set."""
     patterns = [file] if file else [f"*{suffix}{gz}" for suffix in FILE_TYPES for gz in ("", ".gz")] + ["README.md"]
-    folder = download("dataset", hub_id, patterns)
+    folder = download("dataset", name, patterns)
     if file:
         if not (folder / file).is_file():
-            raise UserError(f"{hub_id} has no file {file}")
+            raise UserError(f"{name} has no file {file}")
         return {"": [folder / file]}
-    splits = splits_of_folder(folder, part, f"{hub_id}:{part}" if part else hub_id)
+    splits = splits_of_folder(folder, part, f"{name}:{part}" if part else name)
     for files in splits.values() if not subsets_of(folder) else ():
         if len({NUMBER.sub("", str(path)) for path in files}) > 1:
-            examples = "\n  ".join(f"--dataset {hub_id}/{path.relative_to(folder)}" for path in files)
-            raise UserError(f"{hub_id} has several data files; choose one, or name several:\n  {examples}")
+            examples = "\n  ".join(f"--dataset {name}/{path.relative_to(folder)}" for path in files)
+            raise UserError(f"{name} has several data files; choose one, or name several:\n  {examples}")
     return splits
 
 

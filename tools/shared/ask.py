@@ -38,7 +38,7 @@ OF = "of"  # column: the question that a row was made from
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="ROWS", help="a run's folder (its training rows), or a dataset as in train.py")
-    parser.add_argument("--model", help="a folder or a ModelScope id; default: the model that the run began with")
+    parser.add_argument("--model", help="a folder or a hub id; default: the model that the run began with")
     parser.add_argument("--url", help="an OpenAI-compatible endpoint that answers, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--url-model", metavar="NAME", help="its name of the model; OPENAI_API_KEY is its key")
     parser.add_argument("--columns", nargs="+", default=[], help="which column is which, as in train.py")
