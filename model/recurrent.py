@@ -27,13 +27,17 @@ class PackedGatedDeltaNet(modeling_qwen3_5.Qwen3_5GatedDeltaNet):
         """hidden_states (1, T, hidden_size) -> the same shape."""
         if cu_seqlens is None:
             return super().forward(hidden_states, **kwargs)
-        lengths = cu_seqlens.diff()
         if self.by_kernels:
+            lengths = cu_seqlens.diff()
             rows = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
             seq_idx = rows.repeat_interleave(lengths, output_size=hidden_states.shape[1])[None]
             return super().forward(hidden_states, cu_seq_lens_q=cu_seqlens, seq_idx=seq_idx)
-        rows = hidden_states.split(lengths.tolist(), dim=1)
+        rows = hidden_states.split(lengths_of(cu_seqlens), dim=1)
         return torch.cat([super(PackedGatedDeltaNet, self).forward(row) for row in rows], dim=1)
+
+
+def lengths_of(cu_seqlens: torch.Tensor) -> list[int]:
+    return cu_seqlens.diff().tolist()
 
 
 def replace_recurrent_layers() -> None:

@@ -26,6 +26,17 @@ SHAPES = {
     "8b": dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, intermediate_size=12288),
     "14b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=17408),
 }
+# Qwen3.5, whose layers are of two kinds.
+RECURRENT = {
+    "3.5-0.8b": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+                     intermediate_size=3584, linear_num_value_heads=16),
+    "3.5-2b": dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+                   intermediate_size=6144, linear_num_value_heads=16),
+    "3.5-4b": dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
+                   intermediate_size=9216, linear_num_value_heads=32),
+    "3.5-9b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
+                   intermediate_size=12288, linear_num_value_heads=32),
+}  # fmt: skip
 COMMON = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, eos_token_id=1)
 
 
@@ -153,10 +164,10 @@ PARTITIONED = aot_autograd(
 
 
 def measure(
-    shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, layers: int = 0, **settings
+    shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, layers: int = 0, layer_types=None, **settings
 ) -> dict:
     """The second of two steps over rows of these lengths, and what loop/start/memory.py predicts of it."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
 
     import loop.start.memory
     from loop.distributed import make_accelerator, prepare, to_device
@@ -165,13 +176,19 @@ def measure(
     from model.attention import PACKED
     from model.lora import add_lora
     from model.loss import Reference, SFTModel
+    from model.recurrent import replace_recurrent_layers
 
     torch._dynamo.reset()
     optim = loop.start.memory.PROFILES[memory].optim
     config = Resolved(memory=memory, optim=optim, compile="on" if compile else "off", **settings)
     accelerator, method = make_accelerator(config), load_step_file(config.step_file)
-    shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
-    shaped.num_hidden_layers = layers or shaped.num_hidden_layers
+    if shape in RECURRENT:
+        replace_recurrent_layers()
+        sizes = RECURRENT[shape] | ({"num_hidden_layers": layers} if layers else {}) | ({"layer_types": layer_types} if layer_types else {})
+        shaped = Qwen3_5TextConfig(**sizes, tie_word_embeddings=tied, eos_token_id=1)
+    else:
+        shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)
+        shaped.num_hidden_layers = layers or shaped.num_hidden_layers
     with torch.device("meta"):
         meta_lm = AutoModelForCausalLM.from_config(shaped)
     if config.lora_rank:
@@ -189,12 +206,14 @@ def measure(
         pairs = [(n, row, label) for n, row in enumerate(rows) for label in (1 - 2 * (n % 2), 0)]
         rows = [dataclasses.replace(row, label=label, unit=n) for n, row, label in pairs]
     batch = make_batch(rows, units, batch_size=1, micro_batch_tokens=profile.micro_batch_tokens)
+    rows_of_first = batch.micro_batches[0].inputs["cu_seqlens"].diff().tolist()
     recorder = Recorder()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         recorder,
         mock.patch.object(FakeTensor, "tolist", lambda t: recorder.tolist(t)),
         mock.patch("loop.state.FakeTensor", Recorder),  # the step waits as on a device that is there
+        mock.patch("model.recurrent.lengths_of", lambda _: rows_of_first),  # no tensor has values
     ):
         with accelerator.device:
             causal_lm = AutoModelForCausalLM.from_config(shaped, attn_implementation=PACKED, dtype=profile.weights)
