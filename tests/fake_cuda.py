@@ -164,7 +164,14 @@ PARTITIONED = aot_autograd(
 
 
 def measure(
-    shape: str, lengths: list[int], memory: str, compile: bool = False, tied: bool = True, layers: int = 0, layer_types=None, **settings
+    shape: str,
+    lengths: list[int],
+    memory: str,
+    compile: bool = False,
+    tied: bool = True,
+    layers: int = 0,
+    layer_types=None,
+    **settings,
 ) -> dict:
     """The second of two steps over rows of these lengths, and what loop/start/memory.py predicts of it."""
     from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3Config
@@ -184,7 +191,11 @@ def measure(
     accelerator, method = make_accelerator(config), load_step_file(config.step_file)
     if shape in RECURRENT:
         replace_recurrent_layers()
-        sizes = RECURRENT[shape] | ({"num_hidden_layers": layers} if layers else {}) | ({"layer_types": layer_types} if layer_types else {})
+        sizes = (
+            RECURRENT[shape]
+            | ({"num_hidden_layers": layers} if layers else {})
+            | ({"layer_types": layer_types} if layer_types else {})
+        )
         shaped = Qwen3_5TextConfig(**sizes, tie_word_embeddings=tied, eos_token_id=1)
     else:
         shaped = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=tied)

@@ -33,6 +33,12 @@ CASES = {
         {"memory": "32g", "lengths": LENGTHS, "step_file": "recipes/kl.py", "lora_rank": 16, "layers": 7},
     ],
 }
+SHORT = [768, 576, 448, 256]
+CASES["recurrent"] = [
+    {"memory": "speed", "lengths": SHORT, "shape": "3.5-0.8b", "layers": 4},
+    {"memory": "32g", "lengths": SHORT, "shape": "3.5-9b", "layers": 4},
+    {"memory": "24g", "lengths": SHORT, "shape": "3.5-4b", "layers": 4, "lora_rank": 16},
+]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 IN_FP32 = ("l2sp", "muon", "sam", "schedule_free")  # with 16g they are refused by name
 
@@ -43,7 +49,9 @@ needs_device = pytest.mark.skipif(
 
 
 @needs_device
-@pytest.mark.parametrize("group", ["speed", pytest.param("small cards", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "group", ["speed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small cards", "recurrent"))]
+)
 def test_the_memory_of_a_step_is_what_is_predicted(group):
     """Within 5 %, at the true size, and with fewer layers for what is beside it; the host waits for the device once;
     nothing is float64 there; few launches."""

@@ -11,9 +11,9 @@ from ranks import run, uninterrupted
 from runs import assert_same, assert_same_end, metrics_of
 from test_template import folders  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import model.attention
+import model.recurrent
 from data.base.errors import UserError
 from data.batches import make_batch
 from data.encode import encode_rows
@@ -78,8 +78,7 @@ def test_packed_rows_have_the_gradient_of_transformers_own_rows(family, family_o
 def ignore_rows(monkeypatch, family: str) -> None:
     """As if nobody had told the layers where a row begins."""
     if family == "tiny-qwen3.5":
-        own = PackedGatedDeltaNet.__base__.forward
-        monkeypatch.setattr(PackedGatedDeltaNet, "forward", lambda self, hidden_states, **_: own(self, hidden_states))
+        monkeypatch.setattr(model.recurrent, "lengths_of", lambda cu_seqlens: [int(cu_seqlens[-1])])
     else:
         own = model.attention.attend_row_by_row
 
@@ -101,7 +100,7 @@ def test_the_probe_sees_rows_that_reach_each_other(family, family_of, accelerato
 
 def kernels(keep_apart: bool):
     """In the place of causal-conv1d's and flash-linear-attention's, which need a GPU: they read packed rows."""
-    conv, rule = modeling_qwen3_5.causal_conv1d_fn, modeling_qwen3_5.torch_chunk_gated_delta_rule
+    conv, rule = model.recurrent.convolve, model.recurrent.recur
 
     def convolve(x, *args, seq_idx=None, **kwargs):
         is_packed = keep_apart and seq_idx is not None
@@ -123,8 +122,8 @@ def test_kernels_get_the_rows_and_are_left_if_they_ignore_them(keep_apart, famil
     packing = dict(batch_size=1, micro_batch_tokens=4096)
     own = gradients(sft_model, rows, accelerator, **packing)
     convolve, recur = kernels(keep_apart)
-    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", convolve)
-    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", recur)
+    monkeypatch.setattr(model.recurrent, "convolve", convolve)
+    monkeypatch.setattr(model.recurrent, "recur", recur)
     monkeypatch.setattr(PackedGatedDeltaNet, "by_kernels", True)
     assert rows_reach_each_other(sft_model, accelerator) is not keep_apart
     check_rows_are_apart(sft_model, accelerator)

@@ -19,6 +19,7 @@ from loop.config import Resolved
 from loop.start.trial import Tried, try_step
 from model.head import SMALL_CHUNK, block_size
 from model.nf4 import layers_in_4_bits, tensors_in_4_bits
+from model.qwen3 import is_recurrent
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
@@ -48,6 +49,9 @@ class Profile(NamedTuple):
     numerics: str
 
 
+# Of a recurrent layer of Qwen3.5 in the place of attention, for each of hidden_size, keys and values, without kernels
+# (which keep less); and what its other layers keep of their gate, for each of query.
+KEPT_BY_RECURRENCE, KEPT_BY_GATE = (2, 6, 97), 8.5
 NF4 = "frozen weights in 4 bits, updates in fp32"
 EXACT = "fp32 weights and fp32 AdamW, the experiment as it is"
 PROFILES = {
@@ -215,7 +219,7 @@ def phases_of_a_step(
     in_layers = sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
     of_lora = KEPT_BY_LORA[compiled, config.frozen == "nf4"]
     tables = [of_lora if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
-    by_layer = [tokens * kept_in_layer(c, table) for table in tables]
+    by_layer = [tokens * kept_in_layer(c, layer, table) for layer, table in zip(reached, tables, strict=True)]
     layer = max(by_layer, default=0)
     residual = tokens * c.hidden_size * (width if half == width else 4)
     kept = len(reached) * residual if checkpointing else sum(by_layer)
@@ -278,11 +282,23 @@ def bytes_of_weights(causal_lm, profile: Profile, shards: int) -> float:
     return (4 * trained + others * profile.weights.itemsize) / shards + sum(tensor.nbytes for tensor in in_4_bits)
 
 
-def kept_in_layer(c, factors: tuple) -> float:
+def kept_in_layer(c, layer: torch.nn.Module, factors: tuple) -> float:
     """Bytes of one token; factors: of KEPT."""
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    sizes = (c.hidden_size, c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim, c.intermediate_size)
-    return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
+    query, value = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+    by_hidden, by_query, by_value, by_mlp = factors
+    kept = by_hidden * c.hidden_size + by_mlp * c.intermediate_size
+    if hasattr(layer, "linear_attn"):
+        by_hidden, by_key, by_value = KEPT_BY_RECURRENCE
+        value = c.linear_num_value_heads * c.linear_value_head_dim
+        return (
+            kept
+            + by_hidden * c.hidden_size
+            + by_key * c.linear_num_key_heads * c.linear_key_head_dim
+            + by_value * value
+        )
+    gate = KEPT_BY_GATE * query * is_recurrent(c)
+    return kept + by_query * query + by_value * value + gate
 
 
 def disk_of(plan: Plan, causal_lm, config: Resolved, shards: int) -> float:
