@@ -244,3 +244,12 @@ def test_of_a_qwen3_5_with_pictures_the_part_for_text_is_trained(whole, tmp_path
     assert_same(dict(exported.state_dict()), dict(other.state_dict()))
     model, _ = load_for_generation(tmp_path / "both", torch.device("cpu"))
     assert model.config.max_position_embeddings == text.config.max_position_embeddings
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_trained_where_rows_reach_each_other(strategy, command, tmp_path):
+    args = [*command("tiny", strategy), "--output-dir", tmp_path / "run"]
+    outcome = run(args, strategy, "let_rows_reach_each_other()", tmp_path / "log")
+    assert set(outcome.codes) == {2} and "reach each other" in outcome.output, outcome.output
+    assert not (tmp_path / "run/metrics.jsonl").exists() and "Traceback" not in outcome.output
