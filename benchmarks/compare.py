@@ -296,7 +296,7 @@ def train_with_trainer(args, config, rows, device):
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        from model.qwen3 import tiny_tokenizer
+        from model.tiny import tiny_tokenizer
 
         trainer = SFTTrainer(
             model=model,

@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from data.base.errors import UserError, one_line
 from data.encode import control_tokens
 from data.template import generation_prompt, has_block, opens_block
-from model.qwen3 import TINY, find_model
+from model.qwen3 import find_model
+from model.tiny import TINY
 
 # Replies made at one time: 16 of Qwen3-1.7B with 2,048 tokens each keep 3.5 GiB of keys and values.
 BATCH = 16

@@ -29,7 +29,8 @@ from data.split import Split, load_split
 from loop.config import PRESETS, Resolved
 from model.export import export
 from model.loss import SFTModel
-from model.qwen3 import load_model, tiny_tokenizer
+from model.qwen3 import load_model
+from model.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # Real rows and the real tokenizer, where they lie beside the checkout; tests that use them skip without.

@@ -38,7 +38,7 @@ def smollm(folder: Path) -> Path:
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.qwen3 import CHATML_TEMPLATE
+    from model.tiny import CHATML_TEMPLATE
 
     source = Path(os.environ.get("SMOLLM2", folder))
     if not list(source.rglob("*.gguf")):

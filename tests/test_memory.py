@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import loop.start.resolve
 from data.base.errors import UserError
 from loop.config import Resolved
-from loop.start.memory import GIB, KEPT, PROFILES, choose, kept_in_layer, memory_table, plan_all, predict
+from loop.start.activations import KEPT, kept_in_layer
+from loop.start.memory import GIB, PROFILES, choose, memory_table, plan_all, predict
 from loop.start.trial import try_step
 from loop.step import make_optimizers
 from model.attention import PACKED
@@ -122,7 +123,7 @@ def test_activations_are_as_many_as_autograd_keeps(autocast, dtype, tolerance):
             )  # fmt: skip
         return sum(storages.values())
 
-    predicted = 1000 * kept_in_layer(config, KEPT[dtype.itemsize, 2 if autocast else 4, False])
+    predicted = 1000 * kept_in_layer(config, model.model.layers[0], KEPT[dtype.itemsize, 2 if autocast else 4, False])
     assert (kept(1200) - kept(200)) == pytest.approx(predicted, rel=tolerance)
 
 

@@ -13,7 +13,7 @@ from runs import assert_same_end, metrics_of, status_of
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from model.export import header_of
-from model.qwen3 import tiny_tokenizer
+from model.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,8 @@ from data.encode import encode_rows
 from data.reading.rows import Row
 from data.template import generation_prompt
 from model.generate import split_reply
-from model.qwen3 import generation_config, load_tokenizer, tiny_tokenizer
+from model.qwen3 import generation_config, load_tokenizer
+from model.tiny import tiny_tokenizer
 
 # As DeepSeek-R1-Distill does it: no thinking in any reply that it renders, and a prompt that opens the block.
 DISTILL = (

@@ -14,7 +14,8 @@ from data.reading.rows import Row
 from loop.config import PRESETS, Resolved
 from loop.start.trial import try_step
 from model.export import TEMPLATES, export
-from model.qwen3 import load_model, tiny_tokenizer
+from model.qwen3 import load_model
+from model.tiny import tiny_tokenizer
 from tools.reports.pages import TEMPLATES as REPORTS
 
 torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from data.base.console import tool
 from data.base.errors import UserError
 from data.replies import reply_row
-from model.qwen3 import TINY, load_tokenizer
+from model.qwen3 import load_tokenizer
+from model.tiny import TINY
 from tools.shared.ask import (
     Endpoint,
     Local,

@@ -35,7 +35,8 @@ from data.encode import Example, encode_rows
 from data.reading.rows import Row
 from loop.record.run_folder import read_run
 from loop.score import Scored, loss_of, score
-from model.qwen3 import TINY, load_tokenizer
+from model.qwen3 import load_tokenizer
+from model.tiny import TINY
 from tools.shared.runs import accelerator_of, load_to_score, read_side
 
 SUSPECT = 3.5  # deviations from the median, above which a row stands out (Iglewicz and Hoaglin 1993)

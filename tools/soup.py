@@ -29,7 +29,8 @@ from loop.evaluate import is_right, losses
 from loop.score import loss_of, score
 from model.export import export, system_prompt_of
 from model.loss import SFTModel
-from model.qwen3 import TINY, find_model, load_model, load_tokenizer
+from model.qwen3 import find_model, load_model, load_tokenizer
+from model.tiny import TINY
 from tools.reports.pages import TEMPLATES
 from tools.shared.runs import accelerator_of, load_to_score, name_of, read_rows, run_of
 

@@ -1,7 +1,6 @@
 """Memory profiles: what each of them sets and changes, and the bytes that a run will need. GiB are 2**30 bytes."""
 
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -16,28 +15,15 @@ from data.base.console import warn
 from data.base.errors import UserError
 from data.base.language import tr
 from loop.config import Resolved
+from loop.start.activations import itemsize_of_gradients, phases_of_a_step
 from loop.start.trial import Tried, try_step
 from model.head import SMALL_CHUNK, block_size
 from model.nf4 import layers_in_4_bits, tensors_in_4_bits
-from model.qwen3 import is_recurrent
 
 GIB = 2**30
 # Besides the tensors: the CUDA context, and what the allocator cannot use of its blocks (1.2 to 1.7 GiB, by replaying
 # its rules on the allocations of a step); Python and its libraries.
 OVERHEAD = {"cuda": 1.7 * GIB, "cpu": 0.7 * GIB}
-# Bytes that autograd keeps of one token in one layer, for each of hidden_size, query, key and intermediate_size, by
-# what decides them: (bytes of a weight, of a number in a matrix product, layers are compiled). tests/test_cuda_fake.py
-# holds them against the tensors of a step.
-KEPT = {
-    (4, 2, False): (26, 10, 10, 8),
-    (4, 2, True): (10, 6, 6, 6),
-    (2, 2, False): (16, 10, 10, 8),
-    (2, 2, True): (8, 6, 6, 6),
-    (4, 4, False): (24, 16, 28, 16),
-    (4, 4, True): (24, 16, 28, 16),
-}
-# By whether layers are compiled, and whether they are in 4 bits, whose products are no part of a graph.
-KEPT_BY_LORA = {(0, 0): (18, 10, 8, 8), (1, 0): (10, 8, 6, 6), (0, 1): (18, 10, 8, 8), (1, 1): (14, 8, 6, 8)}
 
 
 class Profile(NamedTuple):
@@ -49,9 +35,6 @@ class Profile(NamedTuple):
     numerics: str
 
 
-# Of a recurrent layer of Qwen3.5 in the place of attention, for each of hidden_size, keys and values, without kernels
-# (which keep less); and what its other layers keep of their gate, for each of query.
-KEPT_BY_RECURRENCE, KEPT_BY_GATE = (2, 6, 97), 8.5
 NF4 = "frozen weights in 4 bits, updates in fp32"
 EXACT = "fp32 weights and fp32 AdamW, the experiment as it is"
 PROFILES = {
@@ -181,7 +164,7 @@ def predict(
     phases = [phase | {"copies that the step makes": trial.kept / shards} for phase in phases]
     if trial.function:
         phases[0]["logits"] = of_function(trial, causal_lm, tokens, half, device)
-    gradients = trained * profile.weights.itemsize / shards
+    gradients = trained * itemsize_of_gradients(profile, config) / shards
     phases.append({"gradients": gradients, "temporaries of the update": trial.update / shards})
     if device.type == "cpu":  # on a GPU the copy that is written behind the training lies in the host's memory
         copy = {"the copy that a checkpoint is written from": weights + states}
@@ -205,63 +188,6 @@ def of_function(trial: Tried, causal_lm, tokens: int, half: int, device: torch.d
     return logits + trial.function * min(targets, block_size(device.type, c.vocab_size)) * c.vocab_size
 
 
-def phases_of_a_step(
-    profile: Profile, config: Resolved, causal_lm, tokens: int, several: bool, shards: int
-) -> list[dict[str, float]]:
-    """Bytes of each item beside weights and states, in the order of a step; the phase that needs most is the peak."""
-    c, layers = causal_lm.config, causal_lm.model.layers
-    width, compiled, checkpointing = profile.weights.itemsize, config.compile == "on", profile.gradient_checkpointing
-    half = 2 if config.mixed_precision == "bf16" or width == 2 else 4  # bytes of a number in a matrix product
-    trained, _ = count_parameters(causal_lm)
-    # Layers below the first trained parameter keep nothing; frozen ones above it keep about what LoRA keeps.
-    reached = layers if causal_lm.model.embed_tokens.weight.requires_grad else [*itertools.dropwhile(is_frozen, layers)]
-    in_reached = sum(parameter.numel() for layer in reached for parameter in layer.parameters())
-    in_layers = sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
-    of_lora = KEPT_BY_LORA[compiled, config.frozen == "nf4"]
-    tables = [of_lora if is_part_frozen(layer) else KEPT[width, half, compiled] for layer in reached]
-    by_layer = [tokens * kept_in_layer(c, layer, table) for layer, table in zip(reached, tables, strict=True)]
-    layer = max(by_layer, default=0)
-    residual = tokens * c.hidden_size * (width if half == width else 4)
-    kept = len(reached) * residual if checkpointing else sum(by_layer)
-    gradients = trained * width / shards
-    head = c.vocab_size * c.hidden_size
-    head_gradient = 4 * head * causal_lm.lm_head.weight.requires_grad
-    embedding_gradient = width * head * several * causal_lm.model.embed_tokens.weight.requires_grad
-    copies = half * in_reached * (half < width and not checkpointing)
-    return [
-        {
-            "gradients": gradients * several,
-            "activations": kept + 22 * tokens * c.hidden_size,  # the norm before the head, and the rows of targets
-            "logits": min(tokens, profile.loss_chunk) * c.vocab_size * half + 4 * 2**24 * (config.compile == "off"),
-            "the head's gradient, and its copy in bf16": head_gradient + head * half * (half < width),
-            "bf16 copies of the weights": copies,
-        },
-        {  # the backward of the last layer
-            "gradients": gradients * several,
-            "activations": kept + 1.5 * layer * checkpointing,
-            "the head's gradient": head_gradient,
-            "bf16 copies of the weights": copies,
-        },
-        {  # of the first
-            "gradients": gradients * several or in_layers * width / shards,
-            "activations": 1.5 * layer,
-            "the head's gradient": head_gradient,
-        },
-        {  # of the embedding
-            "gradients": gradients,
-            "the head's and the embedding's, apart": head_gradient * c.tie_word_embeddings + embedding_gradient,
-        },
-    ]
-
-
-def is_frozen(layer: torch.nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in layer.parameters())
-
-
-def is_part_frozen(layer: torch.nn.Module) -> bool:
-    return not all(parameter.requires_grad for parameter in layer.parameters())
-
-
 def count_parameters(causal_lm) -> tuple[int, int]:
     """Trained, and frozen."""
     trained = sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad)
@@ -282,28 +208,11 @@ def bytes_of_weights(causal_lm, profile: Profile, shards: int) -> float:
     return (4 * trained + others * profile.weights.itemsize) / shards + sum(tensor.nbytes for tensor in in_4_bits)
 
 
-def kept_in_layer(c, layer: torch.nn.Module, factors: tuple) -> float:
-    """Bytes of one token; factors: of KEPT."""
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    query, value = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
-    by_hidden, by_query, by_value, by_mlp = factors
-    kept = by_hidden * c.hidden_size + by_mlp * c.intermediate_size
-    if hasattr(layer, "linear_attn"):
-        keys, values = (
-            c.linear_num_key_heads * c.linear_key_head_dim,
-            c.linear_num_value_heads * c.linear_value_head_dim,
-        )
-        by_hidden, by_key, by_value = KEPT_BY_RECURRENCE
-        return kept + by_hidden * c.hidden_size + by_key * keys + by_value * values
-    gate = KEPT_BY_GATE * query * is_recurrent(c)
-    return kept + by_query * query + by_value * value + gate
-
-
 def disk_of(plan: Plan, causal_lm, config: Resolved, shards: int) -> float:
     """Most bytes that a run has on disk: its checkpoints and the one being written, best/ and the one before it."""
     checkpoint = (plan.needs["weights"] + plan.needs["optimizer states"]) * shards
     number = min(config.save_total_limit, config.max_steps // config.save_steps) + 1
-    return number * checkpoint + 2 * 2 * causal_lm.num_parameters()
+    return number * checkpoint + 2 * 2 * sum(count_parameters(causal_lm))
 
 
 def memory_of(device: torch.device) -> float:

@@ -26,7 +26,7 @@ from loop.config import TrainConfig
 from loop.record.run_folder import read_run
 from model.generate import Reply, chat_tokenizer, generate_ids, ready_to_generate, reply_to
 from model.loss import SFTModel
-from model.qwen3 import TINY
+from model.tiny import TINY
 from tools.shared.runs import read_rows, read_side
 
 CHUNK = 16  # questions at a time
