@@ -24,7 +24,7 @@ def add_lora(causal_lm, rank: int, base_model: str, frozen: str = "full") -> Non
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise cannot_import(error, "peft", "lora") from error
-    found = hub_id(base_model)
+    found = None if Path(base_model).expanduser().exists() else hub_id(base_model)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
