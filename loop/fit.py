@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import patch_environment, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from data.base.console import say
@@ -111,7 +111,7 @@ def make_meta_lm(config: TrainConfig, tokenizer):
     """The model without its weights, on the meta device."""
     meta_lm = meta_model(config.model, tokenizer, weights=not config.dry_run)
     if config.frozen == "nf4" and is_recurrent(meta_lm.config):
-        raise UserError(f"{config.model}: the makers of Qwen3.5 advise against 4 bits for it; --frozen full")
+        raise UserError(f"{config.model}: 4 bits are advised against for Qwen3.5 (Unsloth's guide); --frozen full")
     if config.lora_rank:
         add_lora(meta_lm, config.lora_rank, config.model, config.frozen)
     return meta_lm
@@ -125,7 +125,9 @@ def about_model(meta_lm, plan: Plan) -> dict:
 
 def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTModel:
     set_seed(config.seed)
-    with accelerator.local_main_process_first():
+    # Weights in 4 bits are made on every rank, of weights that transformers may else load on one alone for FSDP2.
+    whole = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"} if config.frozen == "nf4" else {}
+    with accelerator.local_main_process_first(), patch_environment(**whole):
         causal_lm = load_model(
             config.model,
             tokenizer,

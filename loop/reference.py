@@ -27,7 +27,7 @@ from loop.record.checkpoint import sums_of_bits
 from loop.score import score
 from model.attention import PACKED
 from model.loss import Reference
-from model.nf4 import tensors_in_4_bits
+from model.nf4 import layers_in_4_bits
 
 ROWS = 512  # whose losses are gathered at a time
 
@@ -44,7 +44,11 @@ def add_reference(kind: str, model, rows: Encoded, config: Resolved, accelerator
     folder, sft_model = Path(config.output_dir) / "data", accelerator.unwrap_model(model)
     bits = sum(sums_of_bits(p for name, p in sft_model.named_parameters() if ".lora_" not in name))
     bits = sum(gather(bits)) if accelerator.is_fsdp2 else bits
-    bits += sum(sums_of_bits(tensors_in_4_bits(sft_model))) if config.frozen == "nf4" else 0  # whole on each rank
+    if config.frozen == "nf4":  # whole on each rank
+        in_4_bits, *others = gather(sum(int(layer.bits) for layer in layers_in_4_bits(sft_model)))
+        if any(other != in_4_bits for other in others):
+            raise UserError(f"the weights of {config.model} are not the same on every rank")
+        bits += in_4_bits
     on_main_process(lambda: check_same_model(folder, bits, config, is_new))
     if not kind:
         return
@@ -67,8 +71,9 @@ def check_same_model(folder: Path, bits: int, config: Resolved, is_new: bool) ->
     now = {"sum_of_bits": bits, "weights": config.weights}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
         raise UserError(
-            f"{config.model} does not have the weights that this run began with, which it needs on --resume, too (for "
-            f"--frozen nf4, or the REFERENCE of {config.step_file}); --model names the model as it was"
+            f"{config.model} does not have the weights that this run began with, of which "
+            f"{'those in 4 bits are' if config.frozen == 'nf4' else f'the REFERENCE of {config.step_file} is'} made; "
+            "--model names the model as it was"
         )
     write_json(path, now)
 

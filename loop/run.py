@@ -207,7 +207,8 @@ class Run:
             base = None
             if self.config.frozen == "nf4":
                 set_seed(self.config.seed)  # of which the weights of a tiny model are made
-                base = load_model(self.config.model, tokenizer, False, getattr(torch, self.config.weights))
+                place = causal_lm.config.name_or_path or self.config.model  # where it was loaded from
+                base = load_model(place, tokenizer, False, getattr(torch, self.config.weights))
             export(causal_lm, weights, tokenizer, self.best, texts, base)
 
         together(write, on_main=True)

@@ -19,6 +19,7 @@ from data.reading.hub import page_of
 from data.reading.source import public_name
 from data.template import opens_block
 from model.lora import NAME, merged, merged_into, save_adapter
+from model.nf4 import check_same_weights
 from model.qwen3 import generation_config
 
 os.umask(UMASK := os.umask(0))  # read once: for an instant it is 0 for every thread
@@ -83,6 +84,8 @@ def export(
         (temporary / "adapter").mkdir(parents=True)
         save_adapter(causal_lm, state_dict, temporary / "adapter")
         scale = peft_config[NAME].lora_alpha / peft_config[NAME].r
+        if base:
+            check_same_weights(causal_lm, base)
         items = merged_into(base, state_dict, scale) if base else merged(state_dict, scale)
     weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in items}
     if causal_lm.config.tie_word_embeddings:

@@ -78,7 +78,7 @@ def load_for_generation(model: str | Path, device: torch.device):
 def chat_tokenizer(model: str | Path):
     """A model's own tokenizer, without tokens that it would be trained with. Raises UserError if it cannot chat."""
     if str(model) in TINY:
-        raise UserError("`tiny` is made when it is trained: train it, and name its outputs/tiny/best")
+        raise UserError(f"`{model}` is made when it is trained: train it, and name its outputs/tiny/best")
     folder = find_model(str(model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -68,14 +68,16 @@ def merged(state_dict: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[
 
 
 def merged_into(base, state_dict: dict[str, torch.Tensor], scale: float) -> Iterable[tuple[str, torch.Tensor]]:
-    """The same of a model whose frozen weights are in 4 bits: the updates are merged into base, the model as it was, in
+    """The same of a model whose frozen weights are in 4 bits: all else is merged into base, the model as it was, in
     place, so that the host need not hold it twice."""
     weights = base.state_dict()
     for name, weight in weights.items():
-        layer = name.removesuffix(".weight")
-        if (a := state_dict.get(f"{layer}.lora_A.{NAME}.weight")) is not None:
+        layer, _, kind = name.rpartition(".")
+        if (a := state_dict.get(f"{layer}.lora_A.{NAME}.weight")) is not None and kind == "weight":
             b = state_dict[f"{layer}.lora_B.{NAME}.weight"]
             weight.copy_(weight.float() + scale * (b.float() @ a.float()).to(weight.device))
+        else:  # a step file may train it, too
+            weight.copy_(state_dict.get(name, state_dict.get(f"{layer}.base_layer.{kind}")))
     return weights.items()
 
 

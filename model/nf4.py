@@ -22,6 +22,7 @@ class NF4Linear(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.bias = linear.bias
+        self.bits = bits_of(linear.weight)  # to tell the same weights again
         pairs = torch.tensor([(high, low) for high in LEVELS for low in LEVELS], device=linear.weight.device)
         tensors = {"pairs": pairs} | quantise(linear.weight.detach())
         for name, tensor in tensors.items():
@@ -36,7 +37,7 @@ class NF4Linear(torch.nn.Module):
 
     def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
         """(out_features, in_features)"""
-        scales = (self.scales * self.groups[:, None]).add_(self.mean).to(dtype).flatten()
+        scales = (self.scales * self.groups[:, None]).add_(self.middle).to(dtype).flatten()
         numbers = self.pairs.to(dtype)[self.codes.int()].view(-1, BLOCK)
         weight = numbers.mul_(scales[: len(numbers), None]).flatten()
         return weight[: self.out_features * self.in_features].view(self.out_features, self.in_features)
@@ -56,19 +57,34 @@ class Product(torch.autograd.Function):
 
 
 def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """codes (numbers / 2) uint8, two numbers each; scales (groups, GROUP) int8; groups (groups,) and mean () fp32: a
-    scale is mean + scales * groups."""
+    """codes (numbers / 2) uint8, two numbers each; scales (groups, GROUP) int8; groups (groups,) and middle () fp32: a
+    scale is middle + scales * groups."""
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1)
-    mean = largest.mean()
-    apart = F.pad(largest - mean, (0, -len(largest) % GROUP)).view(-1, GROUP)
+    middle = (largest.amax() + largest.amin()) / 2  # a mean would depend on the number of threads
+    apart = F.pad(largest - middle, (0, -len(largest) % GROUP)).view(-1, GROUP)
     groups = (apart.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     scales = (apart / groups[:, None]).round().to(torch.int8)
-    own = (scales * groups[:, None] + mean).flatten()[: len(blocks), None]
+    own = (scales * groups[:, None] + middle).flatten()[: len(blocks), None]
     levels = torch.tensor(LEVELS, device=weight.device)
     codes = torch.bucketize(blocks / own, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).view(-1, 2)
-    return {"codes": codes[:, 0] << 4 | codes[:, 1], "scales": scales, "groups": groups, "mean": mean}
+    return {"codes": codes[:, 0] << 4 | codes[:, 1], "scales": scales, "groups": groups, "middle": middle}
+
+
+@torch.no_grad()
+def bits_of(weight: torch.Tensor) -> torch.Tensor:
+    """(), the sum of its numbers taken as integers."""
+    return weight.view({2: torch.int16, 4: torch.int32}[weight.itemsize]).sum(dtype=torch.int64)
+
+
+def check_same_weights(causal_lm, base) -> None:
+    """Raises ValueError if base does not have the weights that causal_lm's were made of."""
+    for name, layer in causal_lm.named_modules():
+        if isinstance(layer, NF4Linear):
+            name = name.removesuffix(".base_layer")
+            if int(layer.bits) != int(bits_of(base.get_submodule(name).weight)):
+                raise ValueError(f"the weights of the model have changed since the run began: {name}")
 
 
 def quantise_frozen(causal_lm) -> None:

@@ -1,5 +1,6 @@
 """The model: find it, load it."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from model.tiny import (
 )
 
 ENDS = ["<|im_end|>", "<|endoftext|>"]  # of a reply in ChatML; other templates end it with the tokenizer's own
+# transformers' warnings that Qwen3.5 has no kernels here; the start of a run says so.
+logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 # Dense decoders whose layers take packed rows: Qwen3; Qwen2.5 and DeepSeek-R1-Distill-Qwen; the text part of Qwen3.5;
 # llama is the small pretrained model that the tests train.
 ARCHITECTURES = ("qwen3", "qwen2", "qwen3_5_text", "llama")

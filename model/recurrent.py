@@ -4,7 +4,6 @@ transformers' own layer keeps packed rows apart with the kernels of flash-linear
 Without them convolution and recurrence take one row after the other: the same numbers, slower.
 """
 
-import logging
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,8 +12,6 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 # Packages of the kernels; before 0.5.0 the first one needs as many heads of keys as of values.
 KERNELS = {"flash-linear-attention": "0.5.0", "causal-conv1d": "1.0"}
-# Its warning that there are no kernels; the start of a run says so.
-logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
 convolve, recur = modeling_qwen3_5.causal_conv1d_fn, modeling_qwen3_5.torch_chunk_gated_delta_rule

@@ -215,12 +215,19 @@ def test_the_precision_is_what_the_device_has_and_stays_that_of_the_run(tmp_path
 
 
 def test_auto_takes_bf16_from_ampere_on(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     for capability, precision in {(7, 5): "no", (8, 0): "bf16", (9, 0): "bf16"}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
         assert choose_precision(TrainConfig()).mixed_precision == precision
         assert choose_precision(TrainConfig(mixed_precision="bf16")).mixed_precision == "bf16"
+    # The host's CPU says nothing of another accelerator.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    for available in (True, False):
+        monkeypatch.setattr("loop.start.resolve.is_bf16_available", lambda available=available: available)
+        assert choose_precision(TrainConfig()).mixed_precision == ("bf16" if available else "no")
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])

@@ -206,16 +206,30 @@ def test_what_cannot_be_trained_is_refused_by_name(name):
 
 
 MEDIA = {"images": ["a.png"], "image": "a.png", "Video": "a.mp4", "videos": ["a.mp4"], "audios": ["a.wav"],
-         "image_path": "a.png", "图片": "a.png", "image_urls": ["https://a"]}  # fmt: skip
+         "image_path": "a.png", "图片": "a.png", "image_urls": ["https://a"], "img": {"bytes": "x", "path": None},
+         "photo": "a.png", "图片路径": "a.png", "audio_file": "a.wav", "frames": [1]}  # fmt: skip
+NO_MEDIA = ("", "无", "None", "N/A", " ", [], "[]", [None], [""], {"bytes": None, "path": None}, float("nan"), None)
 
 
 @pytest.mark.parametrize("preference", ["", "thumbs"])
 def test_rows_with_pictures_videos_or_sound_are_refused_by_the_name_of_the_column(preference):
     row = {"messages": [USER, {**PLAIN, "reasoning_content": T}], "label": True}
     for name, value in MEDIA.items():
-        with pytest.raises(ValueError, match=f"no text .`{name}`."):
+        with pytest.raises(ValueError, match=f"sound .`{name}`."):
             read_any(row | {name: value}, preference, "", ())
-        assert read_any(row | {name: type(value)()}, preference, "", ())  # an empty one is none
+        for nothing in NO_MEDIA:
+            assert read_any(row | {name: nothing}, preference, "", ())
+    with pytest.raises(ValueError, match="`images`"):
+        read_any(row | {"messages": [{**USER, "images": ["a.png"]}, PLAIN]}, preference, "", ())
+    for name in ("image_id", "影像所见", "figure_of_speech", "视频号", "frame_of_mind"):
+        assert read_any(row | {name: "a"}, preference, "", ())
+
+
+def test_a_column_that_the_user_names_is_text():
+    row = {"图像": "双肺纹理增多。", "答": A, "想": T}
+    given = (("question", "图像"), ("answer", "答"), ("think", "想"))
+    dialogue, _ = read_any(row, "", "", given)
+    assert dialogue.messages[0]["content"] == "双肺纹理增多。"
 
 
 @pytest.mark.parametrize(

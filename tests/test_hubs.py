@@ -16,8 +16,9 @@ from conftest import ROOT
 from ranks import run
 from runs import metrics_of
 
+from data.base.errors import UserError
 from data.reading.hub import HUGGING_FACE, MODELSCOPE, hub_id, page_of
-from data.reading.source import SAMPLE
+from data.reading.source import SAMPLE, find_source
 from model.lora import add_lora
 from model.qwen3 import load_model
 
@@ -228,11 +229,48 @@ def test_a_hub_that_is_not_there_is_one_line_through_the_command_line(hub, train
     assert line.startswith("train.py: cannot get the model")
 
 
+def test_names_of_datasets_with_revisions(monkeypatch, tmp_path):
+    asked = []
+
+    def download(kind, name, patterns):
+        asked.append((kind, name, patterns[0]))
+        (tmp_path / "part").mkdir(exist_ok=True)
+        (tmp_path / "part/a.jsonl").write_text("{}")
+        return tmp_path
+
+    monkeypatch.setattr("data.reading.source.download", download)
+    names = {
+        "hf:a/b@refs/convert/parquet/part/a.jsonl:5": ("hf:a/b@refs/convert/parquet", "part/a.jsonl"),
+        "a/b@v1.0/part/a.jsonl": ("a/b@v1.0", "part/a.jsonl"),
+        "hf:a/b@refs/pr/1": ("hf:a/b@refs/pr/1", "*.jsonl"),
+        "hf:a/b@main:10%": ("hf:a/b@main", "*.jsonl"),
+    }
+    for text, (name, pattern) in names.items():
+        source = find_source(text)
+        assert asked[-1][:2] == ("dataset", name), text
+        assert pattern.startswith("*") or asked[-1][2] == pattern, text
+        assert source.label in ("a", "b"), text
+    for text in ("hf:gpt2", "hf:", "hf:/a", "../typo", "hf:../a"):
+        with pytest.raises(UserError, match=f"there is no dataset file '{text}'"):
+            find_source(text)
+
+
 def test_names_of_hubs(tokenizer):
     assert hub_id("Qwen/Qwen3-8B") == (MODELSCOPE, "Qwen/Qwen3-8B", None)
     assert hub_id("hf:Qwen/Qwen3-8B@refs/pr/3") == (HUGGING_FACE, "Qwen/Qwen3-8B", "refs/pr/3")
     assert hub_id("Qwen/Qwen3-8B@v1.0") == (MODELSCOPE, "Qwen/Qwen3-8B", "v1.0")
-    for text in ("hf:", "hf:Qwen", "hf:/Qwen", "Qwen/Qwen3-8B@", "a/b/c", "HF:Qwen/Qwen3", "../a/b", "a/b@/c"):
+    for text in (
+        "hf:",
+        "hf:Qwen",
+        "hf:/Qwen",
+        "Qwen/Qwen3-8B@",
+        "a/b/c",
+        "HF:Qwen/Qwen3",
+        "../a",
+        "a/..",
+        "hf:../a",
+        "a/b@/c",
+    ):
         assert hub_id(text) is None, text
     model = load_model("tiny", tokenizer, False)
     add_lora(model, 2, "hf:Qwen/Qwen3-8B@v1.0")  # as peft reads it

@@ -26,7 +26,7 @@ def test_a_product_is_that_of_the_nearest_levels(shape, bias):
     linear = torch.nn.Linear(shape[1], shape[0], bias=bias)
     layer = NF4Linear(linear)
     weight, levels = layer.weight_in(torch.float32), torch.tensor(LEVELS)
-    scales = (layer.scales.float() * layer.groups[:, None] + layer.mean).flatten()
+    scales = (layer.scales.float() * layer.groups[:, None] + layer.middle).flatten()
     for number, block in enumerate(linear.weight.detach().flatten().split(BLOCK)):
         nearest = (block[:, None] / scales[number] - levels).abs().argmin(1)
         assert torch.equal(weight.flatten()[number * BLOCK :][: len(block)], levels[nearest] * scales[number])
@@ -70,7 +70,7 @@ def test_only_the_updates_are_trained_and_kept_in_fp32(make_model, examples, acc
 
 def test_updates_are_merged_into_the_weights_as_they_were(make_model, examples, accelerator, tokenizer, tmp_path):
     """Base + update, rounded to bf16 once; those of 4 bits are in nothing that is written."""
-    model, base = make_model(), make_model().causal_lm.bfloat16()
+    model, base = make_model(), make_model().causal_lm.bfloat16().float()
     model.causal_lm.load_state_dict(base.state_dict())
     add_lora(model.causal_lm, 4, "tiny", "nf4")
     optimizers = peaks([torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)])
@@ -89,6 +89,35 @@ def test_updates_are_merged_into_the_weights_as_they_were(make_model, examples, 
     assert all(torch.equal(found[name], expected[name]) for name in found)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(found[name], load_model("tiny", tokenizer, False).state_dict()[name].bfloat16())
+
+
+def test_what_a_step_file_thaws_is_exported_and_other_weights_are_noticed(make_model, tokenizer, tmp_path):
+    """Norms, embeddings and biases that are trained beside the updates; a base that was replaced meanwhile."""
+    model, base = make_model(), make_model().causal_lm
+    add_lora(model.causal_lm, 4, "tiny", "nf4")
+    weights = model.causal_lm.state_dict()
+    names = [name for name in weights if "norm" in name or "embed" in name or "lm_head" in name]
+    for name in names:
+        weights[name] = weights[name] + 0.5
+    export(model.causal_lm, weights, tokenizer, tmp_path / "best", base=base)
+    found = load_file(tmp_path / "best/model.safetensors")
+    assert found.keys() == base.state_dict().keys() - {"lm_head.weight"}  # tied
+    assert all(torch.equal(found[name], weights[name].bfloat16()) for name in names if name in found)
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"have changed since the run began: model\.layers\.1\.mlp\.down_proj"):
+        export(model.causal_lm, weights, tokenizer, tmp_path / "other", base=base)
+
+
+@pytest.mark.parametrize("rows", [768, 6144])
+def test_the_4_bits_do_not_depend_on_the_number_of_threads(rows):
+    torch.manual_seed(0)
+    linear, found = torch.nn.Linear(2048, rows, bias=False), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found.append({name: tensor.clone() for name, tensor in NF4Linear(linear).named_buffers()})
+    torch.set_num_threads(1)
+    assert all(torch.equal(one[name], found[0][name]) for one in found for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -262,6 +262,7 @@ def next_step(file: Path, folder: Path, lines: list[dict]) -> tuple[list[str], s
     same += ["--columns", *run["columns"]] if run.get("columns") else []
     same += ["--mixed-precision", run["mixed_precision"], "--max-length", run["max_length"]]
     same += ["--lora-rank", run["lora_rank"]] if run.get("lora_rank") else []
+    same += ["--frozen", run["frozen"]] if run.get("frozen", "full") != "full" else []
     same += ["--language", run["language"], "--output-dir", f"{folder}-feedback"]
     rows = [] if (data / "held.jsonl").exists() else [data / "train.jsonl"]  # that run compared replies
     as_rows = ["better", "--dataset", file, *rows], f"{corrected} corrections, as rows beside those of the run"

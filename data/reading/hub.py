@@ -20,7 +20,7 @@ class HubId(NamedTuple):
 
 def hub_id(text: str) -> HubId | None:
     """[hf:]owner/name[@revision], or None if it is nothing of the kind."""
-    if match := re.fullmatch(r"(hf:)?([\w.-]+/[\w.-]+)(?:@([\w.][\w./-]*))?", text):
+    if match := re.fullmatch(r"(hf:)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", text):
         return HubId(HUGGING_FACE if match[1] else MODELSCOPE, match[2], match[3])
     return None
 

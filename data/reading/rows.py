@@ -24,7 +24,11 @@ MAX_UNUSABLE = 0.1
 NO_TEXT = re.compile(
     r"(?:^|_)(?:id|uid|uuid|guid|no|nr|index|idx|date|time|url)(?:_|$)|编号|序号|号码|病历号|流水号|日期|时间|链接"
 )
-MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_?(?:path|url)s?)?|图片|图像|视频|音频")
+MEDIA = re.compile(
+    r"(?:image|img|picture|pic|photo|figure|video|audio|frame)s?(?:_?(?:path|file|filename|url|list|base64|bytes)s?)?"
+    r"|pixel_values|(?:图片|图像|照片|视频|音频|语音|录音)(?:_?(?:路径|文件|链接|地址|url))?"
+)
+NOTHING = {"", "none", "null", "nan", "n/a", "[]", "{}", "无"}
 MANY = 20_000  # rows from which on it takes a while
 
 
@@ -128,11 +132,28 @@ def read_set(
 def read_any(columns, preference: str, system_prompt: str, given: Given) -> tuple[Dialogue, Rated]:
     if isinstance(columns, dict):  # what is said of a row, and is no part of it
         columns = {name: value for name, value in columns.items() if name not in (FEEDBACK_ID, "AIGC")}
-        if name := next((name for name, value in columns.items() if value and MEDIA.fullmatch(normal(name))), None):
-            raise ValueError(f"comes with what is no text (`{name}`); text can be trained on")
+        if name := media_of(columns, [normal(column) for _, column in given]):
+            raise ValueError(f"comes with a picture, a video or sound (`{name}`); text alone can be trained on")
     if preference:
         return read_rated(columns, preference, system_prompt, given)
     return read_row(columns, system_prompt, given), []
+
+
+def media_of(columns: dict, named: list[str]) -> str | None:
+    """The column, or the key of a message, that holds what is no text. named: columns that the user has named."""
+    for name, value in columns.items():
+        if MEDIA.fullmatch(normal(str(name))) and normal(str(name)) not in named and holds_something(value):
+            return name
+        for part in value if isinstance(value, list) else ():
+            if isinstance(part, dict) and (found := media_of(part, named)):
+                return found
+    return None
+
+
+def holds_something(value) -> bool:
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(holds_something, value.values() if isinstance(value, dict) else value))
+    return str(value).strip().casefold() not in NOTHING
 
 
 def show_progress(items: list, what: str) -> tqdm:

@@ -12,6 +12,8 @@ from data.reading.read import FILE_TYPES, file_type
 SAMPLE = Path(__file__).parent.parent / "sample.jsonl"
 EMBEDDED = {"sample": SAMPLE, "sample-feedback": SAMPLE.with_name("sample_feedback.jsonl")}
 SPLIT = re.compile(r"(?:^|[^a-z])(train|validation|valid|val|dev|eval|test)(?=[^a-z]|$)")
+# owner/name[@revision][/file]; of a revision only Hugging Face's own references have slashes.
+ON_HUB = re.compile(r"([^/]*/[^/@]*(?:@(?:refs/\w+/\w+|[^/]*))?)(?:/(.*))?")
 NUMBER = re.compile(r"\d+")
 LEFT_BEHIND = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 NO_DATA = {"dataset_infos.json", "dataset_info.json", "data_report.json"}
@@ -41,8 +43,9 @@ class Source(NamedTuple):
     @property
     def label(self) -> str:
         """Short, for a metric's name."""
-        name, _, part = Path(self.name).name.partition(":")
-        stem = name.partition("@")[0].split(".")[0] or name
+        name = self.name if Path(self.name).exists() else re.sub(r"@[^:]*", "", self.name)  # without a revision
+        name, _, part = Path(name).name.partition(":")
+        stem = name.split(".")[0] or name
         return f"{stem}-{part}" if part else stem
 
     def number_of(self, rows: int) -> int:
@@ -75,8 +78,8 @@ def find_source(text: str, order: tuple[str, ...] = ("train",)) -> Source:
         return Source(name, {"": [path]}, part, amount)
     if path.is_dir():
         return Source(name, in_order(splits_of_folder(path, part, name), part, order, name), "", amount)
-    owner, name_there, *inside = [*plain.split("/"), ""]
-    there, file = f"{owner}/{name_there}", "/".join(inside[:-1])
+    found = ON_HUB.fullmatch(plain)
+    there, file = found.groups("") if found else ("", "")
     is_missing_file = file_type(path) is not None and not file
     if is_missing_file or plain.startswith((".", "/", "~")) or not hub_id(there):
         raise UserError(
@@ -96,7 +99,7 @@ def parse(text: str) -> tuple[str, str, str]:
     name, amount = text, ""
     if match := re.fullmatch(r"(.+):(\d+|\d+(?:\.\d+)?%)", text):
         name, amount = match.groups()
-    if not Path(name).expanduser().exists() and (match := re.fullmatch(r"(.+):([^:/\\]+)", name)):
+    if not Path(name).expanduser().exists() and (match := re.fullmatch(r"(?!hf:[^:]*$)(.+):([^:/\\]+)", name)):
         return name, match.group(2), amount
     return name, "", amount
 

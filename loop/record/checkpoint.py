@@ -171,7 +171,7 @@ def room_for(entry, parameter: torch.Tensor, group: dict):
 @torch.no_grad()
 def sums_of_bits(parameters: Iterable[torch.Tensor]) -> list[int]:
     """Of each parameter, or of this rank's shard of it, taken as integers."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     return torch.stack([p.view(integers[p.itemsize]).sum(dtype=torch.int64) for p in local]).tolist()
 

@@ -41,12 +41,14 @@ def choose_precision(config: TrainConfig) -> TrainConfig:
         return config
     folder = Path(config.output_dir)
     if config.resume and has_output(folder):
-        precision = read_run(folder)["mixed_precision"]
-    elif torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"  # before Ampere it is emulated
+        return dataclasses.replace(config, mixed_precision=read_run(folder)["mixed_precision"])
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    kind = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
+    if kind == "cuda":
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # before Ampere it is emulated
     else:
-        precision = "bf16" if is_bf16_available() and not emulates_bf16(torch.device("cpu")) else "no"
-    return dataclasses.replace(config, mixed_precision=precision)
+        has_bf16 = is_bf16_available() and not emulates_bf16(torch.device(kind))
+    return dataclasses.replace(config, mixed_precision="bf16" if has_bf16 else "no")
 
 
 def resolve(config: TrainConfig, data: Data, meta_lm, accelerator: Accelerator) -> tuple[Resolved, Plan]:
