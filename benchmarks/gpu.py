@@ -156,6 +156,22 @@ def checkpoint(args) -> dict:
     return {"lines": done.stdout.splitlines(), **({"error": done.stderr[-800:]} if done.returncode else {})}
 
 
+def families(args) -> dict:
+    """Losses of other families and of 4 bits on the device, in bf16. Each start asks whether rows reach each other, and
+    the run ends if they do."""
+    kinds = {"qwen3": [], "qwen3.5": ["--model", "tiny-qwen3.5"]}
+    kinds |= {"lora": ["--lora-rank", "8"], "nf4": ["--lora-rank", "8", "--frozen", "nf4"]}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, own in kinds.items():
+            flags = ["tiny", "--mixed-precision", "bf16", "--swanlab-mode", "disabled", "--num-samples", "0"]
+            flags += ["--max-steps", "20", "--eval-steps", "20", "--output-dir", f"{folder}/{name}", *own]
+            train(flags)
+            rows = map(json.loads, Path(folder, name, "metrics.jsonl").read_text().splitlines())
+            found[name] = [round(row["eval/loss"], 4) for row in rows if "eval/loss" in row]
+    return found
+
+
 PARTS = {
     "attention": attention,
     "resume": resume,
@@ -164,6 +180,7 @@ PARTS = {
     "sixteen_rows": sixteen_rows,
     "sampling": sampling,
     "checkpoint": checkpoint,
+    "families": families,
 }
 
 
