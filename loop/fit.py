@@ -35,10 +35,8 @@ def fit(config: TrainConfig) -> bool:
 
     Raises UserError if it cannot begin, or diverges, or cannot write checkpoints; older ones are then intact.
     """
-    disable_progress_bar()  # of loading and saving weights
     method = load_step_file(config.step_file, config.step_set)
-    config = choose_precision(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config := choose_precision(config))
     data = read_data(config, accelerator, method)
     meta_lm = make_meta_lm(config, data.tokenizer)
     config, plan = resolve(config, data, meta_lm, accelerator)
@@ -124,6 +122,7 @@ def about_model(meta_lm, plan: Plan) -> dict:
 
 
 def build_model(config: Resolved, tokenizer, accelerator: Accelerator) -> SFTModel:
+    disable_progress_bar()  # of loading and saving weights
     set_seed(config.seed)
     # Weights in 4 bits are made on every rank, of weights that transformers may else load on one alone for FSDP2.
     whole = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"} if config.frozen == "nf4" else {}
