@@ -302,9 +302,9 @@ def tiny_as_it_is() -> None:
     import small
 
     import loop.config
-    import model.qwen3
+    import model.tiny
 
-    model.qwen3.Qwen3Config = small.Qwen3Config
+    model.tiny.Qwen3Config = small.Qwen3Config
     own = {"dataset": ("sample",), "per_device_train_batch_size": 2}
     loop.config.PRESETS["tiny"] = dataclasses.replace(loop.config.PRESETS["tiny"], **own)
 
