@@ -93,14 +93,14 @@ def model_config(model: str, tokenizer, weights: bool = True):
 
 
 def config_of_folder(model: str, weights: bool):
-    """Of a model with pictures the part for text."""
+    """Of a Qwen3.5 with pictures the part for text; other models with pictures are refused."""
     try:
         config = AutoConfig.from_pretrained(find_model(model, weights), local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"cannot load {model}: {one_line(error)}") from error
-    if config.get_text_config().model_type in ARCHITECTURES:
+    if config.model_type == "qwen3_5":
         config = config.get_text_config()
     if config.model_type not in ARCHITECTURES:
         raise UserError(f"{model} is a {config.model_type} model; a (dense) qwen3, qwen3.5 or qwen2 model is needed")

@@ -12,8 +12,6 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 # Packages of the kernels; before 0.5.0 the first one needs as many heads of keys as of values.
 KERNELS = {"flash-linear-attention": "0.5.0", "causal-conv1d": "1.0"}
-
-
 convolve, recur = modeling_qwen3_5.causal_conv1d_fn, modeling_qwen3_5.torch_chunk_gated_delta_rule
 
 

@@ -22,7 +22,7 @@ from loop.start.probe import check_rows_are_apart, rows_reach_each_other
 from loop.start.step_file import load_step_file
 from model.generate import load_for_generation, reply_to
 from model.loss import SFTModel
-from model.qwen3 import load_model, load_tokenizer
+from model.qwen3 import load_model, load_tokenizer, model_config
 from model.recurrent import PackedGatedDeltaNet
 
 FAMILIES = ["tiny", "plain", "distill", "tiny-qwen3.5"]  # qwen3, qwen2 with two templates, qwen3.5
@@ -253,3 +253,11 @@ def test_nothing_is_trained_where_rows_reach_each_other(strategy, command, tmp_p
     outcome = run(args, strategy, "let_rows_reach_each_other()", tmp_path / "log")
     assert set(outcome.codes) == {2} and "reach each other" in outcome.output, outcome.output
     assert not (tmp_path / "run/metrics.jsonl").exists() and "Traceback" not in outcome.output
+
+
+def test_other_models_with_pictures_are_refused_by_name(tokenizer, tmp_path):
+    """Though their part for text is a Qwen2, whose weights would not be found under its own names."""
+    config = {"model_type": "llava", "text_config": {"model_type": "qwen2"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is a llava model"):
+        model_config(str(tmp_path), tokenizer)

@@ -95,10 +95,8 @@ def kept_in_layer(c, layer: torch.nn.Module, factors: tuple) -> float:
     by_hidden, by_query, by_value, by_mlp = factors
     kept = by_hidden * c.hidden_size + by_mlp * c.intermediate_size
     if hasattr(layer, "linear_attn"):
-        keys, values = (
-            c.linear_num_key_heads * c.linear_key_head_dim,
-            c.linear_num_value_heads * c.linear_value_head_dim,
-        )
+        keys = c.linear_num_key_heads * c.linear_key_head_dim
+        values = c.linear_num_value_heads * c.linear_value_head_dim
         by_hidden, by_key, by_value = KEPT_BY_RECURRENCE
         return kept + by_hidden * c.hidden_size + by_key * keys + by_value * values
     gate = KEPT_BY_GATE * query * is_recurrent(c)
